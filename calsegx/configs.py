@@ -1,0 +1,197 @@
+"""Typed run configuration: every field is an absl flag (``--config.fisher.weight=0.3``), checked before any work.
+
+A method is a choice of terms; the weights of the terms stand in their own groups::
+
+    sam_ft  : the task loss alone          sam_cmp : + cmp.weight * CMP
+    sam_fip : + fisher.weight * FIP        calsam  : + both
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calsegx.interfaces import UsageError
+
+METHODS: Mapping[str, tuple[bool, bool]] = {  # name -> (Fisher penalty, confidence penalty)
+    "sam_ft": (False, False),
+    "sam_fip": (True, False),
+    "sam_cmp": (False, True),
+    "calsam": (True, True),
+}
+PROTOCOLS = ("gt_points", "gt_box")
+
+
+@dataclass
+class DataConfig:
+    """Which cases, which channels and classes, and how a volume becomes encoder frames."""
+
+    root: str = ""  # dataset folder
+    layout: str = "auto"  # a registered layout, or auto
+    channels: str = ""  # three (or one) channel names for the encoder's RGB; empty: the dataset's first three
+    classes: str = ""  # "tumour=1+2+3" or "core=1,oedema=2": name=label ids; empty: every label of the dataset
+    domain: str = "scanner"  # the column of the cases that names the domain: scanner or centre
+    source: str = ""  # the domain to train and validate on; empty: all domains
+    val_fraction: float = 0.15  # of the subjects, only where the dataset names no split
+    test_fraction: float = 0.25  # of the subjects, only where the dataset names no split
+    lower_percentile: float = 0.5  # of voxels > 0: mapped to 0
+    upper_percentile: float = 99.5  # of voxels > 0: mapped to 255
+    views: int = 2  # cached views per training slice: the first as it is, the others augmented
+    rotation_degrees: float = 15.0  # augmented views: uniform in +-
+    intensity_fraction: float = 0.2  # augmented views: contrast and brightness, uniform in +-
+    cache: str = ""  # feature cache folder; empty: <workdir>/features
+
+
+@dataclass
+class ModelConfig:
+    """The backbone and its weights."""
+
+    backbone: str = "sam"
+    weights: str = ""  # a weights folder; empty: the tiny SAM that ships with calsegx
+
+
+@dataclass
+class FisherConfig:
+    """The Fisher penalty on the encoder's features (METHODS: FIP)."""
+
+    weight: float = 0.1
+    normalisation: str = "relative"  # relative or raw
+    warmup_fraction: float = 0.2  # the weight rises linearly over this fraction of the steps
+
+
+@dataclass
+class CmpConfig:
+    """The confidence misalignment penalty (METHODS: CMP)."""
+
+    weight: float = 0.5
+    threshold: float = 0.6931471805599453  # tau, in nats: log 2 is the decision boundary of a binary problem
+    temperature: float = 0.1  # gamma
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam with cosine decay to zero."""
+
+    learning_rate: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
+
+
+@dataclass
+class TrainConfig:
+    """Everything that defines a training run."""
+
+    method: str = "calsam"
+    loss: str = "sam"  # the task loss, a registered name
+    protocol: str = "gt_points"  # prompts: gt_points or gt_box
+    seed: int = 42
+    steps: int = 2000
+    batch_size: int = 16
+    log_every: int = 10
+    validate_every: int = 500
+    save_every: int = 500
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    fisher: FisherConfig = field(default_factory=FisherConfig)
+    cmp: CmpConfig = field(default_factory=CmpConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+def validate(config: TrainConfig) -> None:
+    """Check every value that can be checked without reading data.
+
+    Raises:
+        UsageError: naming the flag, its value and what is allowed.
+    """
+    _one_of("method", config.method, METHODS)
+    _one_of("protocol", config.protocol, PROTOCOLS)
+    _one_of("data.domain", config.data.domain, ("scanner", "centre"))
+    _one_of("fisher.normalisation", config.fisher.normalisation, ("relative", "raw"))
+    for name in ("steps", "batch_size", "log_every", "validate_every", "save_every", "data.views"):
+        _at_least(config, name, 1)
+    for name in ("fisher.weight", "cmp.weight", "optimizer.clip_norm", "fisher.warmup_fraction"):
+        _at_least(config, name, 0)
+    for name in ("optimizer.learning_rate", "cmp.temperature"):
+        if not _value(config, name) > 0:
+            raise UsageError(f"--config.{name}={_value(config, name)} must be greater than 0.")
+    low, high = config.data.lower_percentile, config.data.upper_percentile
+    if not 0 <= low < high <= 100:
+        raise UsageError(
+            f"--config.data.lower_percentile={low} and --config.data.upper_percentile={high} must satisfy "
+            "0 <= lower < upper <= 100."
+        )
+    if not 0 <= config.data.val_fraction + config.data.test_fraction < 1:
+        raise UsageError(
+            "--config.data.val_fraction and --config.data.test_fraction must leave training subjects: "
+            f"their sum is {config.data.val_fraction + config.data.test_fraction}, it must be below 1."
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
+    """The inverse of ``to_dict``; an unknown key is an error, a missing one keeps its default.
+
+    Raises:
+        UsageError: for a key that ``cls`` does not have.
+    """
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{where} has no field {key!r}.{hint}")
+        nested = known[key].default_factory
+        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+            value = from_dict(nested, value, f"{where}.{key}")
+        arguments[key] = value
+    return cls(**arguments)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where two nested dicts differ: ``{"data.views": (old value, new value)}``; a missing value is None."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    keys = sorted(flat_old.keys() | flat_new.keys())
+    return {k: (flat_old.get(k), flat_new.get(k)) for k in keys if flat_old.get(k) != flat_new.get(k)}
+
+
+def load(path: Path) -> TrainConfig:
+    """The configuration that a run saved as ``config.json``."""
+    return from_dict(TrainConfig, json.loads(path.read_text()), str(path))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _value(config: TrainConfig, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _one_of(name: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(value, allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"--config.{name}={value!r} is not one of {', '.join(allowed)}.{hint}")
+
+
+def _at_least(config: TrainConfig, name: str, lowest: float) -> None:
+    if not _value(config, name) >= lowest:
+        raise UsageError(f"--config.{name}={_value(config, name)} must be at least {lowest}.")

@@ -1,0 +1,1 @@
+"""Datasets, volumes, prompts and preprocessing, in numpy."""

@@ -1,0 +1,165 @@
+"""The cases of a dataset: loading, choosing by split and domain, and fingerprints."""
+
+import difflib
+import hashlib
+import re
+from pathlib import Path
+
+from calsegx import configs
+from calsegx.data import layouts, nifti, splits
+from calsegx.interfaces import Case, DataError, Dataset, UsageError
+
+UNKNOWN = "unknown"
+
+
+def load(config: configs.DataConfig) -> Dataset:
+    """The dataset in ``config.root``, every case with a split, every file present.
+
+    Raises:
+        UsageError: when no root is given, or the layout is unknown.
+        DataError: when the folder is not a dataset, a file is missing, case names clash, or a subject leaks.
+    """
+    if not config.root:
+        raise UsageError("--config.data.root is empty; give the dataset's folder.")
+    dataset = layouts.detect(Path(config.root), config.layout)
+    _check(dataset)
+    return splits.assign(dataset, config.val_fraction, config.test_fraction)
+
+
+def domain(case: Case, column: str) -> str:
+    """The case's domain: its ``scanner`` or ``centre``; ``unknown`` where the dataset does not say."""
+    return getattr(case, column) or UNKNOWN
+
+
+def domains(dataset: Dataset, column: str) -> tuple[str, ...]:
+    """All domains of the dataset, sorted."""
+    return tuple(sorted({domain(case, column) for case in dataset.cases}))
+
+
+def select(
+    dataset: Dataset, config: configs.DataConfig, split: str, domain_name: str | None = None
+) -> tuple[Case, ...]:
+    """The cases of a split, and of one domain if named.
+
+    ``train`` and ``val`` hold only cases of the source domain, if ``config.source`` names one, and every one
+    of them has a label.  ``test`` holds all domains.
+
+    Args:
+        dataset: from ``load``.
+        config: for ``domain`` (the column) and ``source``.
+        split: train, val or test.
+        domain_name: one domain only; None for all.
+
+    Raises:
+        UsageError: for an unknown source or domain.
+        DataError: when no case is left, or one to train on has no label.
+    """
+    known = domains(dataset, config.domain)
+    wanted = [("the domain", domain_name)] if domain_name is not None else []
+    if config.source:
+        _one_domain(config.source, f"--config.data.source={config.source!r}", known, config.domain)
+        if split in ("train", "val"):
+            wanted.append(("--config.data.source", config.source))
+    if domain_name is not None:
+        _one_domain(domain_name, f"The domain {domain_name!r}", known, config.domain)
+    chosen = tuple(
+        case
+        for case in dataset.cases
+        if case.split == split and all(domain(case, config.domain) == name for _, name in wanted)
+    )
+    if not chosen:
+        raise DataError(
+            f"{dataset.root} has no case in the split {split!r}"
+            + "".join(f" with {what} {name!r}" for what, name in wanted)
+            + f"; it has {_census(dataset, config.domain)}: add subjects, or a split column to cases.tsv."
+        )
+    for case in chosen:
+        if split in ("train", "val") and case.label is None:
+            raise DataError(
+                f"Case {case.case_id!r} of the split {split!r} has no label file; add it or use split test."
+            )
+    return chosen
+
+
+def channels(config: configs.DataConfig, dataset: Dataset) -> tuple[str, str, str]:
+    """The three channels that the encoder sees as red, green and blue.
+
+    One name is used three times.  Without ``config.channels``: the dataset's first three, or its only one.
+
+    Raises:
+        UsageError: for an unknown name, or any other number of names.
+    """
+    names = [name.strip() for name in config.channels.split(",") if name.strip()]
+    for name in names:
+        if name not in dataset.channels:
+            near = difflib.get_close_matches(name, dataset.channels, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UsageError(
+                f"--config.data.channels names {name!r}; the dataset has {', '.join(dataset.channels)}.{hint}"
+            )
+    if not names:
+        names = list(dataset.channels[:3])
+    if len(names) == 1:
+        names *= 3
+    if len(names) != 3:
+        raise UsageError(
+            f"--config.data.channels must name one or three channels, got {', '.join(names)}; the dataset has "
+            f"{', '.join(dataset.channels)}, and a name may be repeated."
+        )
+    return names[0], names[1], names[2]
+
+
+def fingerprint(case: Case) -> str:
+    """SHA-256 over the bytes of the case's images and label, and the channels' names."""
+    digest = hashlib.sha256()
+    files = [*sorted(case.images.items()), *([("label", case.label)] if case.label else [])]
+    for role, path in files:
+        try:
+            with open(path, "rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(
+                f"{path} (case {case.case_id!r}, {role}) cannot be read ({error.strerror}); check the path and the "
+                "drive."
+            ) from error
+        digest.update(f"{role}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _check(dataset: Dataset) -> None:
+    """File names that case ids can become, and files that exist, each in one role."""
+    seen: dict[str, str] = {}
+    for case in dataset.cases:
+        # Predictions are named after the case, also on file systems that ignore case.
+        if not re.fullmatch(r"[^\s/\\:*?\"<>|.][^/\\:*?\"<>|\t\n]*", case.case_id):
+            raise DataError(
+                f"Case {case.case_id!r} of {dataset.root} cannot name a file; use letters, digits, '-' and '_'."
+            )
+        other = seen.setdefault(case.case_id.casefold(), case.case_id)
+        if other != case.case_id:
+            raise DataError(
+                f"Cases {other!r} and {case.case_id!r} of {dataset.root} differ only in upper and lower case."
+            )
+        roles: dict[Path, str] = {}
+        for role, path in [*case.images.items(), *([("label", case.label)] if case.label else [])]:
+            nifti.require_file(path, f"case {case.case_id}, {role}")
+            if path in roles:
+                raise DataError(
+                    f"Case {case.case_id!r}: {path} is given as {roles[path]} and as {role}; give each its own file."
+                )
+            roles[path] = role
+
+
+def _one_domain(name: str, what: str, known: tuple[str, ...], column: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"{what} is no {column} of the dataset; it has {', '.join(known)}.{hint}")
+
+
+def _census(dataset: Dataset, column: str) -> str:
+    counts: dict[tuple[str, str], int] = {}
+    for case in dataset.cases:
+        key = (case.split, domain(case, column))
+        counts[key] = counts.get(key, 0) + 1
+    return ", ".join(f"{count} {split} case(s) of {name}" for (split, name), count in sorted(counts.items()))

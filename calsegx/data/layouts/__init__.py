@@ -1,0 +1,45 @@
+"""Dataset layouts: ``read(root) -> Dataset``, or None when the folder is of another layout.
+
+A new layout is one new file here that registers its reader.  The first line of the reader's docstring says
+what it looks for; it is shown when no layout matches.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from calsegx.interfaces import DataError, Dataset
+from calsegx.registry import Registry
+
+registry: Registry[Callable[[Path], Dataset | None]] = Registry("dataset layout", "calsegx.data.layouts")
+
+HAND_WRITTEN = "table"  # what a person wrote counts for more than what a layout guesses
+
+
+def detect(root: Path, name: str = "auto") -> Dataset:
+    """Read the dataset in ``root``; layout ``auto``: a cases.tsv if there is one, else the first match.
+
+    Raises:
+        UsageError: for an unknown layout.
+        DataError: for a missing or empty folder, or one that no layout recognises.
+    """
+    if not root.is_dir():
+        raise DataError(f"The dataset folder {root} does not exist or is a file; check --config.data.root.")
+    if not any(root.iterdir()):
+        raise DataError(f"The dataset folder {root} is empty; put the dataset there or change --config.data.root.")
+    if name != "auto":
+        dataset = registry.get(name)(root)
+        if dataset is None:
+            raise DataError(f"{root} is not of the layout {_describe(name)}; try --config.data.layout=auto.")
+        return dataset
+    names = [HAND_WRITTEN, *(other for other in registry.names() if other != HAND_WRITTEN)]
+    for candidate in names:
+        dataset = registry.get(candidate)(root)
+        if dataset is not None:
+            return dataset
+    looked_for = "; ".join(_describe(candidate) for candidate in names)
+    raise DataError(f"{root} is of no known layout; looked for: {looked_for}; write a cases.tsv to describe it.")
+
+
+def _describe(name: str) -> str:
+    lines = (registry.get(name).__doc__ or "").strip().splitlines()
+    return f"{name} ({lines[0].rstrip('.')})" if lines else name

@@ -1,0 +1,99 @@
+"""Paired comparisons of methods, from rows.
+
+The unit is the subject: the values of a subject's cases and of all seeds are averaged first, so that repeated images
+and repeated trainings do not pass for independent evidence.  The spread over seeds is reported beside it.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from calsegx.evaluation import evaluate
+from calsegx.metrics import statistics
+
+BETTER, WORSE = "better", "worse"
+NO_DIFFERENCE = "no measurable difference"
+TOO_FEW = "too few subjects to compare"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``method`` minus ``reference`` on one domain, in the metric's own unit."""
+
+    method: str
+    reference: str
+    domain: str
+    metric: str
+    region: str
+    difference: float  # mean over subjects; NaN without a common subject
+    low: float  # 95 % bootstrap interval over subjects
+    high: float
+    p_value: float  # two-sided Wilcoxon; NaN with fewer than 6 subjects
+    subjects: int
+    sd_seeds: float | None  # of the difference of the seeds' means; None with fewer than two common seeds
+    verdict: str  # BETTER, WORSE, NO_DIFFERENCE or TOO_FEW
+
+
+Index = Mapping[tuple[str, str, str, str], Sequence[evaluate.Row]]  # by method, domain, metric and region
+
+
+def index(rows: Iterable[evaluate.Row]) -> Index:
+    """The rows that comparisons are made of: class ``all``, with a value."""
+    found = defaultdict(list)
+    for row in rows:
+        if row.class_name == evaluate.ALL and not math.isnan(row.value):
+            found[row.method, row.domain, row.metric, row.region].append(row)
+    return dict(found)
+
+
+def compare(rows: Index, method: str, reference: str, domain: str, metric: str, region: str) -> Comparison:
+    """Compare two methods on the subjects for which both have a value.
+
+    A difference whose 95 % interval includes 0 is no measurable difference; whether a measurable one is better or
+    worse follows from the metric's direction.
+    """
+    ours = rows.get((method, domain, metric, region), ())
+    theirs = rows.get((reference, domain, metric, region), ())
+    mine, other = _by(ours, "subject_id"), _by(theirs, "subject_id")
+    subjects = sorted(mine.keys() & other.keys())
+    # A fixed seed: a report of the same rows must say the same.
+    result = statistics.paired_difference(
+        np.array([mine[s] for s in subjects]),
+        np.array([other[s] for s in subjects]),
+        np.random.default_rng(0),
+    )
+    return Comparison(
+        *(method, reference, domain, metric, region),
+        *(result.mean, result.low, result.high, result.p, result.pairs),
+        _sd_of_seeds(_by(ours, "seed"), _by(theirs, "seed")),
+        _verdict(result, evaluate.higher_is_better(metric)),
+    )
+
+
+def _by(rows: Sequence[evaluate.Row], field: str) -> dict:
+    values = defaultdict(list)
+    for row in rows:
+        values[getattr(row, field)].append(row.value)
+    return {key: float(np.mean(found)) for key, found in values.items()}
+
+
+def _sd_of_seeds(mine: dict[int, float], other: dict[int, float]) -> float | None:
+    # A method without training (one seed) is the same reference for every seed of the other.
+    constant = next(iter(other.values())) if len(other) == 1 else None
+    differences = [
+        value - (other[seed] if constant is None else constant)
+        for seed, value in mine.items()
+        if seed in other or constant is not None
+    ]
+    return float(np.std(differences, ddof=1)) if len(differences) > 1 else None
+
+
+def _verdict(result: statistics.PairedDifference, higher: bool) -> str:
+    if math.isnan(result.p):  # fewer than 6 subjects: an interval from so few would find differences anywhere
+        return TOO_FEW
+    if result.low <= 0 <= result.high:
+        return NO_DIFFERENCE
+    return BETTER if (result.mean > 0) == higher else WORSE

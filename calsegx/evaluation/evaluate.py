@@ -1,0 +1,229 @@
+"""A case's metrics in long format, and their summary over cases and seeds.
+
+A metric's full name is what it measures, its definition and its region, because each of them changes the number.
+Overlap and surface metrics are per class; calibration metrics are of the top label over background and all classes.
+The class ``all`` stands for the mean over the foreground classes in the first kind, and for every class in the second.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+from calsegx.evaluation import predict
+from calsegx.metrics import calibration, overlap, regions, statistics, surface
+
+ALL = "all"
+VOLUME = "volume"  # the region of overlap and surface metrics
+BINS = 15
+DSC = "DSC"
+HD95 = surface.hausdorff95_name("max_directed", "diagonal")
+ECE, BRIER, NLL = "ECE", "Brier", "NLL"
+REGIONS = ("p>0.01", "dilated_truth", "all")
+
+
+@dataclass(frozen=True)
+class CaseKey:
+    """Whose numbers these are."""
+
+    method: str
+    seed: int
+    case_id: str
+    subject_id: str
+    domain: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number.  ``value`` is NaN where nothing can be said; such rows are left out of means, and counted.
+
+    ``defined`` is False there, and also where a policy supplied the value (HD95 of a mask that one side misses).
+    """
+
+    method: str
+    seed: int
+    case_id: str
+    subject_id: str
+    domain: str
+    split: str
+    class_name: str
+    metric: str
+    region: str
+    value: float
+    defined: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean over cases, then over seeds, of one metric of one method in one domain."""
+
+    method: str
+    domain: str
+    class_name: str
+    metric: str
+    region: str
+    mean: float  # NaN when no case has a value
+    sd_seeds: float | None  # sample standard deviation of the seeds' means; None for a single seed
+    seeds: int
+    cases: int
+    values: int  # cases x seeds
+    undefined: int  # of those
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How much worse a metric is on the target than on the source; positive = degradation, whatever its direction."""
+
+    method: str
+    source: str
+    target: str
+    class_name: str
+    metric: str
+    region: str
+    mean: float
+    sd_seeds: float | None
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a larger value of ``metric`` is the better one."""
+    return metric == DSC
+
+
+def evaluate_case(
+    probabilities: Float[np.ndarray, "D H W K"],
+    truth: Integer[np.ndarray, "D H W"],
+    spacing_mm: tuple[float, float, float],
+    class_names: Sequence[str],
+    key: CaseKey,
+) -> tuple[list[Row], dict[str, calibration.CalibrationStatistics]]:
+    """All metrics of one case, and the additive calibration statistics of every region.
+
+    Args:
+        probabilities: foreground probabilities on the native grid, in [0, 1], summing to at most 1 over K.
+        truth: class indices 0..K, 0 = background.
+        spacing_mm: voxel size along D, H and W.
+        class_names: K names, of the classes 1..K.
+        key: whose case it is.
+
+    Returns:
+        Rows, and statistics by region.  A class that neither the truth nor the prediction has gets NaN for DSC and
+        HD95 and counts as undefined; a class that only one of them has gets DSC 0 and the volume's diagonal as HD95.
+
+    Raises:
+        ValueError: for shapes that disagree.
+    """
+    if probabilities.shape != (*truth.shape, len(class_names)):
+        raise ValueError(
+            f"probabilities, truth and class_names must agree on D H W K; got {probabilities.shape}, {truth.shape} "
+            f"and {len(class_names)} classes."
+        )
+    labels = predict.segment(probabilities)
+    rows = []
+    for metric, measure in ((DSC, _dice), (HD95, _hausdorff95)):
+        found = [measure(labels == index, truth == index, spacing_mm) for index in range(1, len(class_names) + 1)]
+        for name, (value, defined) in zip(class_names, found, strict=True):
+            rows.append(_row(key, name, metric, VOLUME, value, defined))
+        known = [value for value, _ in found if not math.isnan(value)]
+        mean = float(np.mean(known)) if known else math.nan
+        rows.append(_row(key, ALL, metric, VOLUME, mean, all(defined for _, defined in found)))
+    sums = _calibration_sums(probabilities, truth, spacing_mm)
+    for name, found in sums.items():
+        for metric, value in ((ECE, found.ece()), (BRIER, found.brier()), (NLL, found.nll())):
+            rows.append(_row(key, ALL, metric, name, value, math.isfinite(value)))
+    return rows, sums
+
+
+def _row(key: CaseKey, class_name: str, metric: str, region: str, value: float, defined: bool) -> Row:
+    identity = (key.method, key.seed, key.case_id, key.subject_id, key.domain, key.split)
+    return Row(*identity, class_name, metric, region, value if math.isfinite(value) else math.nan, bool(defined))
+
+
+def _dice(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, ...]) -> tuple[float, bool]:
+    value = overlap.dice(prediction, truth, both_empty=math.nan)
+    return value, not math.isnan(value)
+
+
+def _hausdorff95(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, ...]) -> tuple[float, bool]:
+    if not prediction.any() and not truth.any():
+        return math.nan, False
+    return surface.hausdorff95(prediction, truth, spacing_mm, method="max_directed", empty="diagonal")
+
+
+def _calibration_sums(
+    foreground: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, ...]
+) -> dict[str, calibration.CalibrationStatistics]:
+    total = np.minimum(foreground.sum(axis=-1), 1)
+    # A binary problem goes in as one probability, so that its Brier score is (p - y)^2 and not twice that.
+    distribution = total if foreground.shape[-1] == 1 else np.concatenate([1 - total[..., None], foreground], axis=-1)
+    sums = {}
+    for name in REGIONS:
+        inside = regions.region(name, total, truth > 0, spacing_mm)
+        sums[name] = calibration.calibration_statistics(distribution[inside], truth[inside], bins=BINS)
+    return sums
+
+
+def summarise(rows: Iterable[Row]) -> list[Summary]:
+    """One ``Summary`` per method, domain, class, metric and region, in the order in which they first appear."""
+    groups: dict[tuple[str, str, str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.method, row.domain, row.class_name, row.metric, row.region].append(row)
+    summaries = []
+    for key, members in groups.items():
+        means = list(_seed_means(members).values())
+        mean, sd = _mean_and_sd(means)
+        undefined = sum(not row.defined for row in members)
+        cases = len({row.case_id for row in members})
+        summaries.append(Summary(*key, mean, sd, len(means), cases, len(members), undefined))
+    return summaries
+
+
+def generalisation_gaps(rows: Iterable[Row], source: str, target: str) -> list[Gap]:
+    """The degradation from ``source`` to ``target``: per seed, then mean and sample sd over the seeds of both."""
+    groups: dict[tuple[str, str, str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        groups[row.method, row.class_name, row.metric, row.region][row.domain].append(row)
+    gaps = []
+    for (method, class_name, metric, region), domains in groups.items():
+        if source not in domains or target not in domains:
+            continue
+        there, here = _seed_means(domains[target]), _seed_means(domains[source])
+        higher = higher_is_better(metric)
+        found = [statistics.generalisation_gap(here[s], there[s], higher) for s in here if s in there]
+        mean, sd = _mean_and_sd(found)
+        gaps.append(Gap(method, source, target, class_name, metric, region, mean, sd))
+    return gaps
+
+
+def representative_cases(rows: Iterable[Row], method: str, domain: str) -> dict[str, tuple[str, float]]:
+    """``{"best", "median", "worst"}`` -> (case id, DSC) of ``method`` on ``domain``; the DSC is the mean over seeds.
+
+    Empty without a case that has a DSC.  With fewer than three cases some of them are the same case.
+    """
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if (row.method, row.domain, row.class_name, row.metric) == (method, domain, ALL, DSC):
+            values[row.case_id].append(row.value)
+    means = {case_id: _mean_and_sd(found)[0] for case_id, found in values.items()}
+    ranked = sorted((mean, case_id) for case_id, mean in means.items() if not math.isnan(mean))
+    if not ranked:
+        return {}
+    chosen = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
+    return {rank: (case_id, mean) for rank, (mean, case_id) in chosen.items()}
+
+
+def _seed_means(rows: Iterable[Row]) -> Mapping[int, float]:
+    values: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        values[row.seed].append(row.value)
+    return {seed: _mean_and_sd(found)[0] for seed, found in sorted(values.items())}
+
+
+def _mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return math.nan, None
+    return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None

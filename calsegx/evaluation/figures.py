@@ -1,0 +1,250 @@
+"""Figures of a report, as PNG bytes.
+
+matplotlib is imported inside the functions: the rest of the package starts without it.  Figures are made without
+pyplot, so there is no global state and no display.  Colours are Okabe and Ito's, which colour-blind readers can tell
+apart; line styles and markers repeat what the colours say.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from calsegx.evaluation import methods
+from calsegx.metrics import calibration
+
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+SKY, PURPLE, GREY, BLACK = "#56B4E9", "#CC79A7", "#8C8C8C", "#222222"
+_COLOURS = {
+    "prompt_only_disc": GREY,
+    "prompt_only_ellipse": GREY,
+    "vanilla_sam": BLACK,
+    "sam_ft": ORANGE,
+    "sam_fip": BLUE,
+    "sam_cmp": GREEN,
+    "calsam": VERMILION,
+}
+_SPARE_COLOURS = (PURPLE, SKY)
+_MARKERS = {
+    "prompt_only_disc": "X",
+    "prompt_only_ellipse": "P",
+    "vanilla_sam": "D",
+    "sam_ft": "o",
+    "sam_fip": "s",
+}
+_MARKERS |= {"sam_cmp": "^", "calsam": "v"}
+_LINES = {"sam_ft": "-", "sam_fip": "--", "sam_cmp": "-.", "calsam": ":"}
+_DOMAIN_COLOURS = (BLUE, VERMILION, GREEN, PURPLE)
+_LEAST_VOXELS = 10  # a bin's accuracy from fewer voxels is noise
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One method's result on the slice that an overlay shows."""
+
+    prediction: Bool[np.ndarray, "H W"]
+    probability: Float[np.ndarray, "H W"]  # foreground
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG as the ``src`` of an HTML image."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def reliability(curves: Mapping[str, calibration.CalibrationStatistics], title: str, region: str) -> bytes:
+    """Reliability diagrams of one method, one panel per domain, over the pooled voxels of a region.
+
+    Accuracy against confidence per bin; the red bars are the gap to the diagonal, the grey ones the share of voxels.
+    Bins with fewer than 10 voxels are left out.
+    """
+    figure = _figure(2.6 * len(curves) + 0.4, 3.4)
+    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    for axes, (domain, statistics) in zip(panels, curves.items(), strict=True):
+        bins = len(statistics.count)
+        share = statistics.count / max(statistics.voxels, 1)
+        axes.bar((np.arange(bins) + 0.5) / bins, share, 1 / bins, color="#DDDDDD", label="share of voxels")
+        axes.plot([0, 1], [0, 1], color=BLACK, linewidth=0.8, linestyle="--", label="perfect")
+        curve = statistics.reliability_curve()
+        enough = curve.count >= _LEAST_VOXELS
+        confidence, accuracy = curve.confidence[enough], curve.accuracy[enough]
+        axes.vlines(confidence, confidence, accuracy, color=VERMILION, linewidth=2, label="gap")
+        axes.plot(confidence, accuracy, color=BLUE, marker="o", markersize=4, linewidth=1.3, label="accuracy")
+        text = f"ECE {statistics.ece():.3f}" if statistics.voxels else "no voxels"
+        axes.set_title(f"{_short(domain, 24)}\n{text} (pooled voxels)", fontsize=9)
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="Confidence (top label)")
+    panels[0].set_ylabel("Accuracy")
+    figure.suptitle(f"{title}, region {region}", fontsize=10, fontweight="bold")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+        handlelength=1.3,
+        columnspacing=1.0,
+    )
+    return _png(figure)
+
+
+def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities: Mapping[str, str]) -> bytes:
+    """Logged quantities against the step, one panel per quantity, one line per run.
+
+    Args:
+        logs: run name (a method, or method and seed) -> the records of its ``metrics.jsonl``, each with ``step``.
+        quantities: key in the records -> axis label with its unit; quantities that no run logged get no panel.
+    """
+    shown = {k: label for k, label in quantities.items() if any(k in r for run in logs.values() for r in run)}
+    if not shown:
+        raise ValueError(f"No run has logged any of {', '.join(quantities)}.")
+    columns = min(len(shown), 2)
+    tall = math.ceil(len(shown) / columns)
+    figure = _figure(4.4 * columns, 2.7 * tall + 0.4)
+    panels = figure.subplots(tall, columns, squeeze=False)
+    for axes in panels.flat[len(shown) :]:
+        axes.remove()
+    for axes, (key, label) in zip(panels.flat, shown.items(), strict=False):
+        values: list[float] = []
+        for index, (run, records) in enumerate(logs.items()):
+            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+            style = {"color": _colour(run, index), "linestyle": _LINES.get(methods.base(run), "-")}
+            axes.plot(
+                *(zip(*points, strict=True) if points else ((), ())),
+                label=methods.display(run),
+                linewidth=1.4,
+                **style,
+            )
+            values += [value for _, value in points]
+        positive = [value for value in values if value > 0]
+        if positive and len(positive) == len(values) and max(positive) > 50 * min(positive):
+            axes.set_yscale("log")
+        axes.set(xlabel="Training step", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.locator_params(axis="x", nbins=5)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    return _png(figure)
+
+
+def overlay(
+    image: Float[np.ndarray, "H W"],
+    truth: Bool[np.ndarray, "H W"],
+    results: Mapping[str, Overlay],
+    spacing_mm: tuple[float, float],
+    title: str,
+) -> bytes:
+    """One slice: the image with the truth, then per method both contours over the image and the probability map.
+
+    Args:
+        image: intensities, shown between their 1st and 99.5th percentile.
+        truth: the foreground.
+        results: method -> its result.
+        spacing_mm: pixel size along H and W, so that anisotropic pixels are drawn in proportion.
+        title: what the slice is (domain, case, slice, DSC).
+    """
+    from matplotlib import lines
+
+    columns = 1 + len(results)
+    aspect = spacing_mm[0] / spacing_mm[1]
+    tall = 2.0 * min(aspect * image.shape[0] / image.shape[1], 2.0)
+    figure = _figure(2.05 * columns + 0.8, 2 * tall + 0.9)
+    panels = figure.subplots(2, columns, squeeze=False)
+    low, high = np.percentile(image, [1, 99.5])
+    for axes in panels.flat:
+        axes.set(xticks=[], yticks=[])
+    for index, axes in enumerate(panels[0]):
+        axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
+        _contour(axes, truth, GREEN, "solid")
+        axes.set_title("Image" if index == 0 else methods.display(list(results)[index - 1]), fontsize=9)
+    colours = None
+    for axes, above, result in zip(panels[1, 1:], panels[0, 1:], results.values(), strict=True):
+        _contour(above, result.prediction, ORANGE, "dashed")
+        colours = axes.imshow(result.probability, cmap="viridis", vmin=0, vmax=1, aspect=aspect)
+        _contour(axes, truth, "white", "solid")
+    panels[1, 0].axis("off")
+    keys = [
+        lines.Line2D([], [], color=GREEN, label="truth"),
+        lines.Line2D([], [], color=ORANGE, linestyle="dashed", label="prediction"),
+        lines.Line2D([], [], color="#BBBBBB", label="truth on the map\n(white)"),
+    ]
+    panels[1, 0].legend(handles=keys, loc="center", fontsize=8, frameon=False)
+    if colours is not None:
+        figure.colorbar(colours, ax=panels[1, :], shrink=0.85, label="Foreground probability")
+    figure.suptitle(title, fontsize=10, fontweight="bold")
+    return _png(figure)
+
+
+def dice_against_ece(points: Mapping[str, Mapping[str, tuple[float, float]]], region: str) -> bytes:
+    """DSC (points) against ECE, one panel per domain: the upper left corner is where one wants to be.
+
+    Args:
+        points: domain -> method -> (mean DSC in [0, 1], mean ECE); methods with a NaN are left out.
+        region: the ECE's region.
+    """
+    figure = _figure(3.6 * len(points) + 2.2, 3.9)
+    panels = figure.subplots(1, len(points), squeeze=False, sharex=True, sharey=True)[0]
+    names = methods.order(name for found in points.values() for name in found)
+    for axes, (domain, found) in zip(panels, points.items(), strict=True):
+        for index, name in enumerate(names):
+            dice, ece = found.get(name, (math.nan, math.nan))
+            axes.plot(
+                [ece],
+                [100 * dice],
+                linestyle="none",
+                markersize=9,
+                markeredgewidth=1.8,
+                label=methods.display(name),
+                **_marker(name, index),
+            )
+        axes.set_title(_short(domain, 28), fontsize=10)
+        axes.set_xlabel(f"ECE [{region}] (lower is better)")
+        axes.grid(alpha=0.3)
+        axes.margins(0.12)
+    panels[0].set_ylabel("DSC in points (higher is better)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False, labelspacing=0.9)
+    return _png(figure)
+
+
+def largest_slice(truth: Bool[np.ndarray, "D H W"]) -> int:
+    """The slice with the most foreground, the lowest on ties: the one to show."""
+    return int(truth.sum(axis=(1, 2)).argmax())
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib import figure
+
+    return figure.Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    # No software version in the file: the same numbers give the same bytes.
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _contour(axes: Any, mask: np.ndarray, colour: str, style: str) -> None:
+    if mask.any() and not mask.all():
+        axes.contour(mask.astype(float), [0.5], colors=[colour], linewidths=1.3, linestyles=style)
+
+
+def _colour(name: str, index: int) -> str:
+    return _COLOURS.get(methods.base(name), _SPARE_COLOURS[index % len(_SPARE_COLOURS)])
+
+
+def _marker(name: str, index: int) -> dict[str, Any]:
+    colour = _colour(name, index)
+    hollow = name.endswith(methods.CALIBRATED)
+    shape = _MARKERS.get(methods.base(name), "*")
+    return {"marker": shape, "markeredgecolor": colour, "markerfacecolor": "none" if hollow else colour}
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,92 @@
+"""Pictures of the best, the median and the worst case of every domain."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from calsegx.evaluation import evaluate, figures, methods, predict, study
+from calsegx.evaluation.verdict import Picture
+from calsegx.interfaces import Case
+
+MOST_METHODS = 4  # columns of a picture
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The slice of a case with most foreground, and what the methods make of it."""
+
+    case: Case
+    domain: str
+    index: int  # along D
+    truth: np.ndarray  # [H, W] bool
+    spacing_mm: tuple[float, float]
+    results: dict[str, figures.Overlay]
+
+
+def snapshot(
+    subject: study.Subject, domain: str, found: Iterable[tuple[str, int, np.ndarray]], shown: Sequence[tuple[str, int]]
+) -> Snapshot:
+    """Keep the slice with the largest foreground, for the methods (and seeds) in ``shown``."""
+    index = int((subject.truth > 0).sum(axis=(1, 2)).argmax())
+    results = {
+        method: figures.Overlay(predict.segment(volume[index]) > 0, volume[index].sum(axis=-1).clip(0, 1))
+        for method, seed, volume in found
+        if (method, seed) in shown
+    }
+    return Snapshot(
+        subject.case, domain, index, subject.truth[index] > 0, subject.spacing_mm[1:], methods_in_order(results)
+    )
+
+
+def methods_in_order(results: dict[str, figures.Overlay]) -> dict[str, figures.Overlay]:
+    """The results in display order."""
+    return {name: results[name] for name in methods.order(results)}
+
+
+def shown_methods(models: Sequence[study.Model]) -> list[tuple[str, int]]:
+    """The trained methods of the first seed, at most ``MOST_METHODS``, with that seed."""
+    names = methods.order(model.method for model in models)[:MOST_METHODS]
+    return [(name, next(model.seed for model in models if model.method == name)) for name in names]
+
+
+def pictures(
+    snapshots: Sequence[Snapshot],
+    rows: Sequence[evaluate.Row],
+    ranked_by: tuple[str, int],
+    domain_kind: str,
+    read_slice: Callable[[Case, int], np.ndarray],
+) -> list[Picture]:
+    """The best, median and worst case of each domain, by the DSC of one method and seed.
+
+    Args:
+        snapshots: one per case.
+        rows: all rows.
+        ranked_by: the method and seed whose DSC ranks the cases.
+        domain_kind: what a domain is called: ``scanner`` or ``centre``.
+        read_slice: ``(case, index along D) -> [H, W]`` image to show.
+    """
+    dice = {
+        row.case_id: row.value
+        for row in rows
+        if (row.method, row.seed) == ranked_by and row.metric == evaluate.DSC and row.class_name == evaluate.ALL
+    }
+    known = [s for s in snapshots if not math.isnan(dice.get(s.case.case_id, math.nan)) and s.truth.any()]
+    domains: dict[str, list[Snapshot]] = {}
+    for s in sorted(known, key=lambda s: dice[s.case.case_id]):
+        domains.setdefault(s.domain, []).append(s)
+    found = []
+    for domain, members in sorted(domains.items()):
+        chosen = {"best": members[-1], "median": members[len(members) // 2], "worst": members[0]}
+        seen: set[str] = set()
+        for rank, s in chosen.items():
+            if s.case.case_id in seen:
+                continue
+            seen.add(s.case.case_id)
+            score = f"{methods.display(ranked_by[0])} DSC {dice[s.case.case_id]:.3f}"
+            place = f"{domain_kind} {domain}, " if domain else ""
+            title = f"{place}{rank} case: {s.case.case_id}, slice {s.index}, {score}"
+            png = figures.overlay(read_slice(s.case, s.index), s.truth, s.results, s.spacing_mm, title)
+            found.append(Picture(title, png))
+    return found

@@ -1,0 +1,38 @@
+"""The methods of an evaluation: their order in tables and their names for readers."""
+
+from collections.abc import Iterable
+
+CALIBRATED = "+ts"  # suffix of a method's name: with temperature scaling fitted on source validation cases
+_BASE_NAMES = {
+    "prompt_only_disc": "Prompt-only disc",
+    "prompt_only_ellipse": "Prompt-only ellipse",
+    "vanilla_sam": "Vanilla SAM",
+    "sam_ft": "SAM-FT",
+    "sam_fip": "SAM-FT + FIP",
+    "sam_cmp": "SAM-FT + CMP",
+    "calsam": "CalSAM",
+}
+PROMPT_ONLY = ("prompt_only_disc", "prompt_only_ellipse")
+VANILLA = "vanilla_sam"
+UNTRAINED = (*PROMPT_ONLY, VANILLA)
+BASELINE = "sam_ft"
+# What each method adds to SAM-FT, in the words of a verdict.
+ADDITIONS = {"sam_fip": "FIP", "sam_cmp": "CMP", "calsam": "FIP + CMP"}
+
+
+def order(names: Iterable[str]) -> list[str]:
+    """The names in display order, each once; unknown ones follow in the order in which they came."""
+    given = list(dict.fromkeys(names))
+    known = [name + suffix for name in _BASE_NAMES for suffix in ("", CALIBRATED)]
+    return [name for name in known if name in given] + [name for name in given if name not in known]
+
+
+def base(name: str) -> str:
+    """The method without its temperature scaling."""
+    return name.removesuffix(CALIBRATED)
+
+
+def display(name: str) -> str:
+    """The name for readers; an unknown method is called as it is."""
+    suffix = " + TS" if name.endswith(CALIBRATED) else ""
+    return _BASE_NAMES.get(base(name), base(name)) + suffix

@@ -1,0 +1,136 @@
+"""The report: one HTML file that needs nothing else, made of a ``Record``."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from calsegx import __version__
+from calsegx.evaluation import compare, evaluate, figures, methods, tables
+from calsegx.evaluation import verdict as findings
+from calsegx.evaluation.verdict import Picture, Record, headline, verdict
+
+__all__ = ["Picture", "Record", "headline", "verdict", "write_report"]
+
+# Keys of metrics.jsonl, and the axes on which they are drawn.
+QUANTITIES = {
+    "task": "Task loss (dimensionless)",
+    "validation_loss": "Validation task loss (dimensionless)",
+    "penalty": "Fisher penalty (dimensionless)",
+    "cmp": "CMP (smoothed error rate, 0 to 1)",
+}
+
+
+def write_report(path: Path, record: Record) -> None:
+    """Render ``record`` to ``path``, atomically.  Images are inside the file and nothing is loaded from elsewhere."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("calsegx", "evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    content = {
+        "record": record,
+        "version": __version__,
+        "headline": headline(record),
+        "findings": [sentence.split(": ", 1) for sentence in verdict(record)],
+        "columns": tables.COLUMNS,
+        "blocks": tables.overview(record.rows, record.source, record.targets, record.domain_kind),
+        "display": methods.display,
+        "comparisons": _comparison_table(record),
+        "comparison_metrics": [findings.label(*metric) for metric in findings.COMPARED],
+        "classes": _class_table(record),
+        "reliability": _reliability(record),
+        "region": findings.MAIN_REGION,
+        "fixed_region": findings.FIXED_REGION,
+        "scatter": _scatter(record),
+        "training": _training(record),
+        "gallery": [(picture.caption, figures.data_uri(picture.png)) for picture in record.gallery],
+    }
+    tables.write_atomically(path, environment.get_template("report.html.j2").render(content))
+
+
+def _comparison_table(record: Record) -> list[dict[str, Any]]:
+    """One line per domain, method and reference; one cell per metric."""
+    lines: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for c in record.comparisons:
+        line = lines.setdefault(
+            (c.domain, c.method, c.reference),
+            {
+                "domain": findings.where(record, c.domain),
+                "method": methods.display(c.method),
+                "reference": methods.display(c.reference),
+                "cells": [],
+            },
+        )
+        kind = {compare.BETTER: "better", compare.WORSE: "worse"}.get(c.verdict, "neutral")
+        line["cells"].append((findings.signed(c, c.difference), findings.uncertainty(c), c.verdict, kind))
+    return list(lines.values())
+
+
+def _class_table(record: Record) -> list[tuple[str, str, str, list[tuple[str, str]]]]:
+    """``(domain, method, class, [(text, note)])`` of DSC and HD95; empty for a single class."""
+    summaries = [s for s in evaluate.summarise(record.rows) if s.class_name != evaluate.ALL]
+    if len({s.class_name for s in summaries}) < 2:
+        return []
+    columns = [column for column in tables.COLUMNS if column.region == evaluate.VOLUME]
+    found: dict[tuple[str, str, str], dict[str, evaluate.Summary]] = {}
+    for s in summaries:
+        found.setdefault((s.domain, s.method, s.class_name), {})[s.metric] = s
+    order = {name: index for index, name in enumerate(methods.order(s.method for s in summaries))}
+    where = findings.domains(record)
+    keys = sorted((k for k in found if k[0] in where), key=lambda k: (where.index(k[0]), k[2], order[k[1]]))
+    return [
+        (
+            findings.where(record, key[0]),
+            methods.display(key[1]),
+            key[2],
+            [
+                (
+                    tables.number(c, found[key][c.metric].mean, found[key][c.metric].sd_seeds),
+                    f"undef. {found[key][c.metric].undefined}/{found[key][c.metric].values}",
+                )
+                for c in columns
+            ],
+        )
+        for key in keys
+    ]
+
+
+def _reliability(record: Record) -> list[tuple[str, str]]:
+    """``(method, image)``: source and targets side by side, on the main region."""
+    images = []
+    for name in methods.order(method for method, _, _ in record.statistics):
+        curves = {
+            findings.where(record, domain): record.statistics[name, domain, findings.MAIN_REGION]
+            for domain in findings.domains(record)
+            if (name, domain, findings.MAIN_REGION) in record.statistics
+        }
+        if curves:
+            png = figures.reliability(curves, methods.display(name), findings.MAIN_REGION)
+            images.append((methods.display(name), figures.data_uri(png)))
+    return images
+
+
+def _scatter(record: Record) -> str | None:
+    points: dict[str, dict[str, tuple[float, float]]] = {}
+    means = {
+        (s.domain, s.method, s.metric, s.region): s.mean
+        for s in evaluate.summarise(record.rows)
+        if s.class_name == evaluate.ALL
+    }
+    for domain in findings.domains(record):
+        for method in methods.order(row.method for row in record.rows):
+            pair = [means.get((domain, method, *metric)) for metric in (findings.DSC, findings.ECE)]
+            if None not in pair:
+                points.setdefault(findings.where(record, domain), {})[method] = (pair[0], pair[1])
+    return figures.data_uri(figures.dice_against_ece(points, findings.MAIN_REGION)) if points else None
+
+
+def _training(record: Record) -> str | None:
+    logs: Mapping[str, Sequence[Mapping[str, Any]]] = record.logs
+    if not any(key in entry for run in logs.values() for entry in run for key in QUANTITIES):
+        return None
+    return figures.data_uri(figures.training_curves(logs, QUANTITIES))

@@ -1,0 +1,172 @@
+"""Evaluate trained decoders and the guesses that keep them honest, case by case, on every domain.
+
+One case is loaded at a time and seen by all models; what is kept are rows and additive statistics, so memory does not
+grow with the dataset.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from calsegx import features
+from calsegx.calibrators import temperature
+from calsegx.data import cases as case_tools
+from calsegx.data import classes, pipeline, preprocessing
+from calsegx.evaluation import baselines, evaluate, methods, predict
+from calsegx.interfaces import Backbone, Case, Params
+from calsegx.metrics import calibration
+
+DECODER_BATCH = 16
+NO_SEED = 0  # of methods that nothing was trained for
+
+Statistics = dict[tuple[str, str, str], calibration.CalibrationStatistics]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained decoder of a run."""
+
+    method: str
+    seed: int
+    params: Params
+
+
+@dataclass(frozen=True)
+class Study:
+    """What an evaluation works with: cached features of the cases, and the frozen network they came from."""
+
+    cache: features.FeatureCache
+    backbone: Backbone
+    class_map: classes.ClassMap
+    protocol: str
+    domain_column: str  # scanner or centre; empty when the training used all domains, which then count as one
+
+    def domain(self, case: Case) -> str:
+        """The case's domain; empty when the study has one domain only."""
+        return case_tools.domain(case, self.domain_column) if self.domain_column else ""
+
+    @functools.cached_property
+    def decode(self) -> Callable[..., Any]:
+        """The backbone's decoder, compiled."""
+        return jax.jit(self.backbone.decode)
+
+    @functools.cached_property
+    def zero_shot(self) -> Callable[..., Any]:
+        """The backbone's own decoder as it came, with the signature of ``decode``; its parameters are frozen."""
+        zero_shot = self.backbone.zero_shot
+        if zero_shot is None:
+            raise ValueError(f"the backbone {self.backbone.name} has no zero-shot decoder")
+        return jax.jit(lambda trainable, frozen, z, prompts: zero_shot(frozen, z, prompts))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A case as the evaluation sees it."""
+
+    case: Case
+    truth: np.ndarray  # [D, H, W] class indices
+    spacing_mm: tuple[float, float, float]
+    geometry: preprocessing.FrameGeometry
+    cached: features.CachedSlices
+    prompted: baselines.PromptedTruth
+
+
+def load(study: Study, case: Case) -> Subject:
+    """The reference on the native grid and the cached features of the prompted slices."""
+    label = preprocessing.read_label_volume(case, study.class_map)
+    shape = label.voxels.shape
+    geometry = preprocessing.frame_geometry(
+        (shape[1], shape[2]),
+        (label.spacing_mm[1], label.spacing_mm[2]),
+        study.backbone.image_size,
+        study.backbone.logit_shape,
+    )
+    cached = study.cache.read_case(case.case_id, "view0")
+    prompted = baselines.prompted_truth(cached.prompts, geometry, cached.slices, label)
+    return Subject(case, label.voxels, label.spacing_mm, geometry, cached, prompted)
+
+
+def slice_logits(study: Study, decode: Callable[..., Any], params: Params, subject: Subject) -> np.ndarray:
+    """Logits ``[n, H, W, L]`` of the prompted slices on the native grid."""
+    prompts = pipeline.protocol_prompts(subject.cached.prompts, study.protocol)
+    low_res = predict.predict_slices(
+        decode, params, study.backbone.frozen, subject.cached.features, prompts, DECODER_BATCH
+    )
+    return predict.case_logits(low_res, subject.geometry)
+
+
+def foreground(subject: Subject, logits: np.ndarray) -> np.ndarray:
+    """Foreground probabilities ``[D, H, W, K]`` of the whole volume."""
+    return predict.to_volume(predict.probabilities(logits), subject.cached.slices, subject.truth.shape[0])
+
+
+def fit_temperature(study: Study, model: Model, cases: Sequence[Case]) -> dict[str, Any]:
+    """Temperature scaling on validation cases: all voxels of the prompted slices, native grid, streamed."""
+
+    def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for case in cases:
+            subject = load(study, case)
+            if len(subject.cached.slices):
+                logits = slice_logits(study, study.decode, model.params, subject)
+                labels = subject.truth[subject.cached.slices]
+                yield logits.reshape(-1, logits.shape[-1]), labels.ravel()
+
+    return temperature.fit(chunks())
+
+
+def fit_guesses(study: Study, cases: Sequence[Case]) -> dict[str, Callable[[baselines.PromptedTruth], np.ndarray]]:
+    """The prompt-only guesses, fitted on the source domain's training labels."""
+    truths = [load(study, case).prompted for case in cases]
+    count = len(study.class_map.names)
+    return {
+        "prompt_only_disc": baselines.fit_disc(truths, count),
+        "prompt_only_ellipse": baselines.fit_ellipse(truths, count),
+    }
+
+
+def predictions(
+    study: Study,
+    subject: Subject,
+    models: Iterable[Model],
+    temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
+    guesses: Mapping[str, Callable[[baselines.PromptedTruth], np.ndarray]],
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """``(method, seed, foreground probabilities [D, H, W, K])`` of everything that is compared, for one case.
+
+    Zero-shot SAM knows no classes, so it takes part in binary problems only.
+    """
+    for name, guess in guesses.items():
+        yield name, NO_SEED, guess(subject.prompted)
+    if len(study.class_map.names) == 1 and study.backbone.zero_shot is not None:
+        logits = slice_logits(study, study.zero_shot, {}, subject)
+        yield methods.VANILLA, NO_SEED, foreground(subject, logits)
+    for model in models:
+        logits = slice_logits(study, study.decode, model.params, subject)
+        yield model.method, model.seed, foreground(subject, logits)
+        fitted = temperatures.get((model.method, model.seed))
+        if fitted is not None:
+            calibrated = temperature.apply(fitted, logits)
+            yield model.method + methods.CALIBRATED, model.seed, foreground(subject, calibrated)
+
+
+def score(
+    study: Study, subject: Subject, found: Iterable[tuple[str, int, np.ndarray]], statistics: Statistics
+) -> list[evaluate.Row]:
+    """Rows of one case; its calibration statistics are added to ``statistics`` by method, domain and region."""
+    case = subject.case
+    domain = study.domain(case)
+    rows = []
+    for method, seed, probabilities in found:
+        key = evaluate.CaseKey(method, seed, case.case_id, case.subject_id, domain, case.split)
+        case_rows, sums = evaluate.evaluate_case(
+            probabilities, subject.truth, subject.spacing_mm, study.class_map.names, key
+        )
+        rows.extend(case_rows)
+        for region, value in sums.items():
+            slot = (method, domain, region)
+            statistics[slot] = statistics[slot] + value if slot in statistics else value
+    return rows

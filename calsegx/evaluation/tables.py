@@ -1,0 +1,285 @@
+"""Tables of an evaluation: ``cases.csv``, ``summary.json``, and the overview as Markdown (and, in report, HTML).
+
+Files are written atomically: a reader sees the old file or the whole new one.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calsegx.evaluation import evaluate, methods
+from calsegx.metrics import regions
+
+FIELDS = tuple(field.name for field in dataclasses.fields(evaluate.Row))
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the overview: which number, and how it is printed."""
+
+    metric: str
+    region: str
+    title: str
+    definition: str
+    scale: float = 1.0
+    digits: int = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the overview, as text."""
+
+    text: str  # mean, and sd over seeds where there are several
+    note: str  # how many values are undefined
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """The overview of one domain, or of one gap."""
+
+    title: str
+    rows: list[tuple[str, list[Cell]]]  # (method, cells)
+
+
+def _columns() -> tuple[Column, ...]:
+    ece = f"expected calibration error of the top label, {evaluate.BINS} equal bins, on "
+    brier = "mean squared error of the probabilities (several classes: summed over classes), on "
+    return (
+        Column(
+            *(evaluate.DSC, evaluate.VOLUME, "DSC (points)"),
+            "Dice of the whole volume in points of 100; a class that truth and prediction both lack is left out and "
+            "counted",
+            *(100.0, 1),
+        ),
+        Column(
+            *(evaluate.HD95, evaluate.VOLUME, evaluate.HD95),
+            "95 % Hausdorff distance in mm, the larger directed one; a mask that only one side has counts as the "
+            "diagonal of the volume, one that both lack is left out; both are counted as undefined",
+            *(1.0, 1),
+        ),
+        *(
+            Column(
+                evaluate.ECE,
+                name,
+                f"ECE [{name}]",
+                ece + regions.describe(name),
+                1.0,
+                4 if name == "all" else 3,
+            )
+            for name in evaluate.REGIONS
+        ),
+        *(
+            Column(evaluate.BRIER, name, f"Brier [{name}]", brier + regions.describe(name), 1.0, digits)
+            for name, digits in (("dilated_truth", 3), ("all", 4))
+        ),
+    )
+
+
+COLUMNS = _columns()
+
+
+def overview(rows: Sequence[evaluate.Row], source: str, targets: Sequence[str], kind: str = "") -> list[Block]:
+    """Methods by metrics, for the source, each target, and each gap (class ``all``).
+
+    ``kind`` is what a domain is ("scanner"), for the titles.  The best mean of a column is marked, except in gaps: a
+    method that is bad everywhere has a small one.
+    """
+    summaries = {
+        (s.method, s.domain, s.metric, s.region): s for s in evaluate.summarise(rows) if s.class_name == evaluate.ALL
+    }
+    names = methods.order(row.method for row in rows)
+    blocks = []
+    for domain, role in ((source, "Source"), *((target, "Target") for target in targets)):
+        present = [name for name in names if any(key[:2] == (name, domain) for key in summaries)]
+        found = {n: [summaries.get((n, domain, c.metric, c.region)) for c in COLUMNS] for n in present}
+        best = [_best(c, [cells[i] for cells in found.values()]) for i, c in enumerate(COLUMNS)]
+        lines = [
+            (name, [_cell(c, s, b) for c, s, b in zip(COLUMNS, cells, best, strict=True)])
+            for name, cells in found.items()
+        ]
+        blocks.append(Block(f"{role}: {kind} {domain}" if domain else role, lines))
+    return blocks + [_gap_block(rows, source, target, names) for target in targets]
+
+
+def _gap_block(rows: Sequence[evaluate.Row], source: str, target: str, names: Sequence[str]) -> Block:
+    gaps = {
+        (g.method, g.metric, g.region): g
+        for g in evaluate.generalisation_gaps(rows, source, target)
+        if g.class_name == evaluate.ALL
+    }
+    present = [name for name in names if any(key[0] == name for key in gaps)]
+    lines = []
+    for name in present:
+        found = [gaps.get((name, c.metric, c.region)) for c in COLUMNS]
+        lines.append(
+            (
+                name,
+                [
+                    Cell(number(c, g.mean, g.sd_seeds, True) if g else "not measured", "")
+                    for c, g in zip(COLUMNS, found, strict=True)
+                ],
+            )
+        )
+    return Block(f"Gap: {source} to {target}", lines)
+
+
+def _best(column: Column, summaries: Sequence[evaluate.Summary | None]) -> float:
+    means = [s.mean for s in summaries if s is not None and not math.isnan(s.mean)]
+    choose = max if evaluate.higher_is_better(column.metric) else min
+    return choose(means) if len(means) > 1 else math.nan
+
+
+def _cell(column: Column, summary: evaluate.Summary | None, best: float) -> Cell:
+    if summary is None:
+        return Cell("not measured", "")
+    note = f"undef. {summary.undefined}/{summary.values}"
+    if math.isnan(summary.mean):
+        return Cell("undefined in every case", note)
+    return Cell(number(column, summary.mean, summary.sd_seeds), note, summary.mean == best)
+
+
+def number(column: Column, mean: float, sd: float | None, signed: bool = False) -> str:
+    """A mean (± sd over seeds) in the column's unit."""
+    if math.isnan(mean):
+        return "undefined"
+    text = f"{mean * column.scale:{'+' if signed else ''}.{column.digits}f}"
+    return text if sd is None else f"{text} ± {sd * column.scale:.{column.digits}f}"
+
+
+def markdown(blocks: Sequence[Block]) -> str:
+    """The overview as a Markdown table, best values bold, with the definitions below."""
+    lines = ["| Method | " + " | ".join(c.title for c in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    for block in blocks:
+        lines.append(f"| **{_escape(block.title)}** |" + " |" * len(COLUMNS))
+        for name, cells in block.rows:
+            texts = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
+            notes = [f" ({cell.note})" if cell.note else "" for cell in cells]
+            cells_text = " | ".join(text + note for text, note in zip(texts, notes, strict=True))
+            lines.append(f"| {_escape(methods.display(name))} | {cells_text} |")
+    definitions = [f"* {c.title}: {c.definition}." for c in COLUMNS]
+    return "\n".join([*lines, "", *definitions, ""])
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def write_cases(path: Path, rows: Sequence[evaluate.Row]) -> None:
+    """``cases.csv``: one line per number (long format), decimal points; a missing value is ``nan``."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow("class" if name == "class_name" else name for name in FIELDS)
+    writer.writerows(dataclasses.astuple(row) for row in rows)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_cases(path: Path) -> list[evaluate.Row]:
+    """The inverse of ``write_cases``."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            evaluate.Row(
+                **{n: line[n] for n in ("method", "case_id", "subject_id", "domain", "split", "metric", "region")},
+                class_name=line["class"],
+                seed=int(line["seed"]),
+                value=float(line["value"]),
+                defined=line["defined"] == "True",
+            )
+            for line in csv.DictReader(file)
+        ]
+
+
+def write_summary(
+    path: Path,
+    rows: Sequence[evaluate.Row],
+    class_names: Sequence[str],
+    method: str,
+    source: str,
+    targets: Sequence[str],
+    files: Mapping[str, tuple[str, str]] | None = None,
+) -> None:
+    """``summary.json``: nnU-Net's keys for one method, and everything else under ``calsegx``.
+
+    nnU-Net's ``metric_per_case`` (one entry per case and seed), ``mean`` (by label index) and ``foreground_mean`` are
+    over all domains of ``method``; its ``Dice`` is our DSC.  Missing values are null.
+
+    Args:
+        path: the file to write.
+        rows: all rows.
+        class_names: K names, of the labels 1..K.
+        method: the method that nnU-Net's keys describe.
+        source: the source domain.
+        targets: the target domains.
+        files: case id -> (prediction file, reference file); null where not given.
+    """
+    labels = {name: str(index) for index, name in enumerate(class_names, start=1)}
+    cases: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row.method == method and row.class_name in labels:
+            by_label = cases.setdefault((row.case_id, row.seed), {})
+            by_label.setdefault(labels[row.class_name], {})[_nnunet_name(row.metric)] = row.value
+    per_case = []
+    for (case_id, seed), by_label in cases.items():
+        prediction, reference = (files or {}).get(case_id, (None, None))
+        per_case.append(
+            {
+                "metrics": by_label,
+                "prediction_file": prediction,
+                "reference_file": reference,
+                "case_id": case_id,
+                "seed": seed,
+            }
+        )
+    mean = {label: _mean_of([c[label] for c in cases.values() if label in c]) for label in labels.values()}
+    gaps = [g for target in targets for g in evaluate.generalisation_gaps(rows, source, target)]
+    content = {
+        "metric_per_case": per_case,
+        "mean": mean,
+        "foreground_mean": _mean_of(list(mean.values())),
+        "calsegx": {
+            "method": method,
+            "summary": [dataclasses.asdict(summary) for summary in evaluate.summarise(rows)],
+            "gaps": [dataclasses.asdict(gap) for gap in gaps],
+        },
+    }
+    write_atomically(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+
+
+def _nnunet_name(metric: str) -> str:
+    return "Dice" if metric == evaluate.DSC else metric
+
+
+def _mean_of(entries: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    found = {name: [e[name] for e in entries if name in e and not math.isnan(e[name])] for name in names}
+    return {name: sum(values) / len(values) if values else math.nan for name, values in found.items()}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file through a temporary file in the same folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from the user's group
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,272 @@
+"""The feature cache: frozen encoder output on disk, one chunk per slice, checked on every read.
+
+Layout of a cache folder::
+
+    signature.json                     what the features depend on; checked before reuse
+    <case id>/view0/features/...       zarr3, bfloat16 [n, h, w, C], one chunk per slice, crc32c
+    <case id>/view0/labels/...         zarr3, uint8 [n, Hl, Wl], one chunk per slice, crc32c
+    <case id>/view0/{slices,points,point_labels,boxes}/...
+    <case id>/view0/done.json          written last: the case's fingerprint and the arrays' shapes
+
+TensorStore detects a flipped byte, a truncated chunk and a missing chunk (``fill_missing_data_reads=False``).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import tensorstore
+
+from calsegx import configs
+from calsegx.interfaces import InputError, Prompts
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_PER_SLICE = ("features", "labels")  # one chunk per slice; the small arrays are one chunk each
+_PROMPT_ARRAYS = {"points": "points", "labels": "point_labels", "boxes": "boxes"}  # Prompts field -> array
+
+
+class CachedSlices(NamedTuple):
+    """Slices of one view of one case.  Without the leading axis when one slice was asked for."""
+
+    features: np.ndarray  # [n, h, w, C] bfloat16
+    labels: np.ndarray | None  # [n, Hl, Wl] uint8 at the decoder's resolution; None for a case without labels
+    slices: np.ndarray  # [n] int64: position of each slice in the volume
+    prompts: Prompts  # those that were written
+
+
+class _View(NamedTuple):
+    """An opened view: stores for what is large, arrays for what is small."""
+
+    stores: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+class FeatureCache:
+    """Encoder features on disk; ``open`` checks that they belong to this model and this preprocessing."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._opened: dict[tuple[str, str], _View] = {}
+
+    @classmethod
+    def open(cls, root: Path, signature: Mapping[str, Any]) -> "FeatureCache":
+        """Open the cache in ``root``, or create it.
+
+        Args:
+            root: the cache folder.
+            signature: everything the features depend on, as plain JSON values: weights fingerprint,
+                preprocessing, image size, classes, prompt protocol, view seed.
+
+        Raises:
+            InputError: when the folder was made with another signature; the message lists the keys that
+                differ.
+        """
+        root = Path(root)
+        path = root / "signature.json"
+        wanted = json.loads(json.dumps(signature))
+        if path.exists():
+            _check_signature(root, _read_json(path), wanted)
+            return cls(root)
+        if root.is_dir() and any(not entry.name.startswith(".") for entry in root.iterdir()):
+            raise InputError(
+                f"{root} is not empty and has no signature.json, so it is no feature cache; name an empty or "
+                "a new folder with --config.data.cache."
+            )
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            temporary = root / f".signature.json.{os.getpid()}"
+            temporary.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise InputError(
+                f"The feature cache {root} cannot be created ({error.strerror}); name a writable folder with "
+                "--config.data.cache."
+            ) from error
+        return cls(root)
+
+    def has(self, case_id: str, view: str, fingerprint: str) -> bool:
+        """Whether the view was written completely, and from this ``fingerprint`` of the case's files."""
+        path = self._folder(case_id, view) / "done.json"
+        return path.exists() and _read_json(path)["fingerprint"] == fingerprint
+
+    def fingerprint(self, case_id: str, view: str) -> str:
+        """The fingerprint of the case's files that the view was made from.
+
+        Raises:
+            InputError: when the view is not in the cache.
+        """
+        return self._done(case_id, view)["fingerprint"]
+
+    def write(
+        self,
+        case_id: str,
+        view: str,
+        *,
+        features: np.ndarray,
+        labels: np.ndarray | None,
+        slices: np.ndarray,
+        prompts: Prompts,
+        fingerprint: str,
+    ) -> None:
+        """Write one view of a case: complete in a temporary folder, then renamed; an older view is replaced.
+
+        Args:
+            case_id: folder name inside the cache.
+            view: ``view0`` (unaugmented), ``view1``, ...
+            features: ``[n, h, w, C]``; stored as bfloat16.
+            labels: ``[n, Hl, Wl]`` uint8, or None.
+            slices: ``[n]``, the slices' positions in the volume.
+            prompts: ``points [n, N, 2]``, ``labels [n, N]``, ``boxes [n, 4]``; what is None is not stored.
+            fingerprint: of the case's files.
+
+        Raises:
+            InputError: when the disk refuses (full, read-only).
+        """
+        arrays = {"features": np.asarray(features, BFLOAT16), "slices": np.asarray(slices, np.int64)}
+        if labels is not None:
+            arrays["labels"] = np.asarray(labels, np.uint8)
+        for field, name in _PROMPT_ARRAYS.items():
+            if getattr(prompts, field) is not None:
+                dtype = np.int32 if name == "point_labels" else np.float32
+                arrays[name] = np.asarray(getattr(prompts, field), dtype)
+        counts = {name: len(array) for name, array in arrays.items()}
+        if len(set(counts.values())) != 1:
+            raise ValueError(f"case {case_id!r}, {view}: arrays of different length {counts}")
+
+        folder = self._folder(case_id, view)
+        temporary = folder.with_name(f".{view}.{os.getpid()}")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for name, array in arrays.items():
+                _write_array(temporary / name, array, per_slice=name in _PER_SLICE)
+            done = {"fingerprint": fingerprint, "shapes": {k: list(v.shape) for k, v in arrays.items()}}
+            (temporary / "done.json").write_text(json.dumps(done, indent=2) + "\n")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+        except (OSError, ValueError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise InputError(
+                f"The features of case {case_id!r}, {view} cannot be written to {self.root} ({error}); free "
+                "some space or name another folder with --config.data.cache, then run again: what is "
+                "complete is kept."
+            ) from error
+        self._opened.pop((case_id, view), None)
+
+    def slices(self, case_id: str, view: str) -> np.ndarray:
+        """``[n]`` positions, in the volume, of the slices that the view holds."""
+        return self._open(case_id, view).arrays["slices"]
+
+    def read_slices(self, case_id: str, view: str, index: int | slice | Sequence[int]) -> CachedSlices:
+        """Read the slices at ``index``: positions 0..n-1 in the view; an integer drops the slice axis.
+
+        Raises:
+            InputError: when the view is missing, or a chunk is damaged or missing.
+        """
+        opened = self._open(case_id, view)
+        index = index if isinstance(index, int | slice) else np.asarray(index, np.int64)
+        large = {}
+        for name, store in opened.stores.items():
+            try:
+                large[name] = store[index].read().result()
+            except ValueError as error:
+                raise self._damaged(case_id, view, error) from error
+        small = {name: array[index] for name, array in opened.arrays.items()}
+        prompts = Prompts(**{field: small.get(name) for field, name in _PROMPT_ARRAYS.items()})
+        return CachedSlices(large["features"], large.get("labels"), small["slices"], prompts)
+
+    def read_case(self, case_id: str, view: str) -> CachedSlices:
+        """Read a whole view; errors as in ``read_slices``."""
+        return self.read_slices(case_id, view, slice(None))
+
+    def _folder(self, case_id: str, view: str) -> Path:
+        if case_id in ("", ".", "..") or case_id.startswith(".") or "/" in case_id or "\\" in case_id:
+            raise InputError(f"The case id {case_id!r} is no valid folder name; rename the case in the dataset.")
+        return self.root / case_id / view
+
+    def _done(self, case_id: str, view: str) -> dict[str, Any]:
+        path = self._folder(case_id, view) / "done.json"
+        if not path.exists():
+            raise InputError(
+                f"Case {case_id!r} has no {view} in the feature cache {self.root}; run the training command "
+                "again: it computes what is missing before it trains."
+            )
+        return _read_json(path)
+
+    def _open(self, case_id: str, view: str) -> _View:
+        if (case_id, view) not in self._opened:
+            folder = self._folder(case_id, view)
+            shapes = self._done(case_id, view)["shapes"]
+            stores, arrays = {}, {}
+            for name, shape in shapes.items():
+                try:
+                    store = tensorstore.open(_spec(folder / name), open=True, read=True).result()
+                    if list(store.shape) != shape:
+                        raise ValueError(f"{name} has shape {list(store.shape)}, done.json says {shape}")
+                    if name in _PER_SLICE:
+                        stores[name] = store
+                    else:
+                        arrays[name] = store.read().result()
+                except ValueError as error:
+                    raise self._damaged(case_id, view, error) from error
+            self._opened[case_id, view] = _View(stores, arrays)
+        return self._opened[case_id, view]
+
+    def _damaged(self, case_id: str, view: str, error: Exception) -> InputError:
+        return InputError(
+            f"The cached features of case {case_id!r}, {view} are damaged ({error}); delete the folder "
+            f"{self._folder(case_id, view)} and compute them again."
+        )
+
+
+def size_bytes(slices: int, feature_shape: Sequence[int]) -> int:
+    """Bytes on disk of the bfloat16 features of ``slices`` slices, each ``feature_shape`` (h, w, C)."""
+    return slices * int(np.prod(feature_shape)) * BFLOAT16.itemsize
+
+
+def _spec(folder: Path) -> dict[str, Any]:
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{folder}/"},
+        "fill_missing_data_reads": False,
+    }
+
+
+def _write_array(folder: Path, array: np.ndarray, *, per_slice: bool) -> None:
+    chunk = [max(1, size) for size in array.shape]
+    if per_slice:
+        chunk[0] = 1
+    metadata = {
+        "shape": list(array.shape),
+        "data_type": array.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+    }
+    if array.dtype.itemsize == 1:
+        metadata["codecs"][0].pop("configuration")
+    # A slice of zeros must leave a chunk, or it could not be told from a missing one.
+    spec = {**_spec(folder), "metadata": metadata, "store_data_equal_to_fill_value": True}
+    tensorstore.open(spec, create=True).result().write(array).result()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); delete the folder {path.parent} and run again.") from error
+
+
+def _check_signature(root: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    different = configs.differences(stored, wanted)
+    if different:
+        changes = "; ".join(f"{key} is {old!r}, this run has {new!r}" for key, (old, new) in different.items())
+        raise InputError(
+            f"The feature cache {root} was made for another setting: {changes}; name another folder with "
+            "--config.data.cache, or delete this one."
+        )

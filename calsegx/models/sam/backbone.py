@@ -1,0 +1,80 @@
+"""SAM as a backbone: frozen encoder and prompt encoder, trainable decoder with one mask token per class."""
+
+from importlib import resources
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from calsegx import models
+from calsegx.interfaces import Backbone, Params, Prompts
+from calsegx.models.sam import model, weights
+from calsegx.models.sam.presets import SamConfig
+
+TINY = "sam_tiny"
+
+
+@models.registry.register("sam")
+def load_backbone(folder: Path | None, num_classes: int) -> Backbone:
+    """SAM from a weights folder (``None``: the tiny SAM that ships with calsegx) with ``num_classes`` masks.
+
+    One class: ``decode`` gives one logit (sigmoid).  More: a softmax over ``num_classes + 1`` logits whose channel 0,
+    the background, is the constant 0, so that one class is the same model either way.
+    """
+    folder = tiny_weights() if folder is None else Path(folder)
+    config, params = weights.load(folder)
+
+    def encode(frozen: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+        return model.encode(config, frozen, images)
+
+    def decode(
+        trainable: Params, frozen: Params, z: Float[Array, "b h w c"], prompts: Prompts
+    ) -> Float[Array, "b H W k"]:
+        embeddings = model.embed_prompts(config, frozen["prompt_encoder"], z, prompts)
+        logits, _ = model.decode_tokens(config, trainable, z, embeddings)
+        logits = jnp.moveaxis(logits, 1, -1)
+        if num_classes > 1:
+            logits = jnp.concatenate([jnp.zeros_like(logits[..., :1]), logits], axis=-1)
+        return logits
+
+    def zero_shot(frozen: Params, z: Float[Array, "b h w c"], prompts: Prompts) -> Float[Array, "b H W 1"]:
+        logits, _ = model.decode(config, frozen, z, prompts, multimask=False)
+        return jnp.moveaxis(logits, 1, -1)
+
+    return Backbone(
+        name="sam",
+        fingerprint=weights.fingerprint(folder),
+        image_size=config.image_size,
+        feature_shape=(config.grid, config.grid, config.out_chans),
+        logit_shape=(4 * config.grid, 4 * config.grid),
+        pixel_mean=config.pixel_mean,
+        pixel_std=config.pixel_std,
+        frozen=params,
+        trainable=class_decoder(config, params["mask_decoder"], num_classes),
+        encode=encode,
+        decode=decode,
+        zero_shot=zero_shot,
+    )
+
+
+def class_decoder(config: SamConfig, mask_decoder: Params, num_classes: int) -> Params:
+    """A decoder with one mask token and hypernetwork per class, each starting as a copy of SAM's mask 0.
+
+    The IoU head keeps one output per class, copied likewise; nothing trains it here.
+    """
+    mlps = "output_hypernetworks_mlps."
+    decoder = {name: value for name, value in mask_decoder.items() if not name.startswith(mlps)}
+    for k in range(num_classes):
+        decoder[f"{mlps}{k}"] = mask_decoder[f"{mlps}0"]
+    decoder["mask_tokens"] = jnp.repeat(jnp.asarray(mask_decoder["mask_tokens"])[:1], num_classes, axis=0)
+    head = dict(mask_decoder["iou_prediction_head"])
+    last = f"layers.{config.iou_head_depth - 1}"
+    head[last] = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[..., :1], num_classes, axis=-1), head[last])
+    decoder["iou_prediction_head"] = head
+    return jax.tree.map(jnp.asarray, decoder)
+
+
+def tiny_weights() -> Path:
+    """The folder of the tiny SAM's weights inside the installed package."""
+    return Path(str(resources.files("calsegx") / "weights" / TINY))

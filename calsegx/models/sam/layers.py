@@ -1,0 +1,54 @@
+"""Small layers shared by SAM's encoder, prompt encoder and decoder."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Mlp(nn.Module):
+    """A stack of dense layers with ReLU between them (Meta's ``MLP``); parameters ``layers.0 ..``."""
+
+    hidden: int
+    out: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b o"]:
+        """Apply the stack."""
+        for i in range(self.depth):
+            last = i == self.depth - 1
+            x = nn.Dense(self.out if last else self.hidden, name=f"layers.{i}")(x)
+            x = x if last else nn.relu(x)
+        return x
+
+
+class UpscaleByTwo(nn.Module):
+    """Stride-2 2x2 transposed convolution as one matmul, with the depth-to-space left to the caller.
+
+    ``out[2i+a, 2j+b, o] = sum_c x[i, j, c] W[c, o, a, b] + bias[o]``; returns ``[..., 2, 2, O]``.  ``kernel`` has
+    torch's layout ``[C, O, 2, 2]``.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b 2 2 o"]:
+        """Apply the matmul."""
+        shape = (x.shape[-1], self.features, 2, 2)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=0, out_axis=1), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        matrix = kernel.transpose(0, 2, 3, 1).reshape(x.shape[-1], -1)
+        out = (x @ matrix).reshape(*x.shape[:-1], 2, 2, self.features)
+        return out + bias
+
+
+def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Exact (erf) GELU, torch's default; JAX's own default is the tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def layer_norm(x: Float[Array, "*s"], name: str, epsilon: float) -> Float[Array, "*s"]:
+    """LayerNorm over the last axis inside a compact module; at least float32, whatever the input is."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)(x)

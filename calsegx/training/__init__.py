@@ -1,0 +1,1 @@
+"""Training: fill the feature cache, train the decoder, save and resume exactly."""

@@ -1,0 +1,47 @@
+"""What training carries from step to step, and the optimizer."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from calsegx import configs, sharding
+from calsegx.interfaces import Params
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes; replicated over the mesh."""
+
+    step: Int[Array, ""]  # steps done
+    params: Params  # the decoder
+    opt_state: optax.OptState
+
+
+def learning_rate(config: configs.TrainConfig) -> optax.Schedule:
+    """Cosine decay ``lr(t) = learning_rate * (1 + cos(pi * t / steps)) / 2``, to zero at the last step."""
+    return optax.cosine_decay_schedule(config.optimizer.learning_rate, config.steps)
+
+
+def make_optimizer(config: configs.TrainConfig) -> optax.GradientTransformation:
+    """Adam with cosine decay, after clipping the global gradient norm to ``clip_norm`` (0: no clipping)."""
+    adam = optax.adam(learning_rate(config), b1=config.optimizer.b1, b2=config.optimizer.b2)
+    if config.optimizer.clip_norm == 0:
+        return adam
+    return optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm), adam)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state at step 0, on every device of the mesh.
+
+    ``params`` are copied: the train step donates its state, and the caller's arrays must outlive it.
+    """
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+    return sharding.replicate(mesh, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)))
+
+
+def abstract_state(state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of ``state``, without its values."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)

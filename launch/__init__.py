@@ -1,0 +1,1 @@
+"""Launch scripts, one job each: flags -> configuration -> calls."""

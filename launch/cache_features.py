@@ -1,0 +1,42 @@
+"""Run the frozen encoder once over every labelled slice and keep its features on disk.
+
+python -m launch.cache_features --config.data.root=DATASET --config.data.source=A --workdir=runs/x
+
+``launch.train`` does the same by itself for what is missing; this script is for doing it ahead, on another machine, or
+for several runs that share ``--config.data.cache``.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from calsegx import configs
+from launch import common, components
+
+
+def cache_features(config: configs.TrainConfig, workdir: Path) -> Path:
+    """Fill the cache for training (all views), validation and test cases; returns its folder."""
+    parts = components.build(config)
+    splits = {"train": config.data.views, "val": 1, "test": 1}
+    splits = {split: views for split, views in splits.items() if any(c.split == split for c in parts.dataset.cases)}
+    for split in splits:
+        parts.select(split)  # every complaint comes before the first encoded slice
+    cache = components.feature_cache(parts, workdir)
+    components.fill_cache(parts, cache, splits)
+    return cache.root
+
+
+def define_flags() -> None:
+    """``--config.*`` and ``--workdir``."""
+    common.define_config()
+    flags.DEFINE_string("workdir", None, "Run folder; the cache is <workdir>/features.", required=True)
+
+
+def main() -> None:
+    """Fill the cache, and say where it is."""
+    root = cache_features(flags.FLAGS.config, Path(flags.FLAGS.workdir))
+    print(f"The features are in {root}")
+
+
+if __name__ == "__main__":
+    common.run(main, define_flags)

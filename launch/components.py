@@ -1,0 +1,159 @@
+"""From a configuration to objects: the only place where names (of a dataset, backbone, loss) become things."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from calsegx import configs, losses, models, sharding
+from calsegx.data import cases as case_tools
+from calsegx.data import classes, preprocessing, prompts
+from calsegx.features import FeatureCache
+from calsegx.interfaces import Backbone, Case, Dataset, Loss, UsageError
+from calsegx.training import caching
+
+VIEW_SEED = 2024  # of the augmented views: the same for all training seeds, so that they share one cache
+ENCODER_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Components:
+    """The dataset and the backbone of a configuration."""
+
+    config: configs.TrainConfig
+    dataset: Dataset
+    class_map: classes.ClassMap
+    channels: tuple[str, str, str]
+    backbone: Backbone
+
+    def prepare(
+        self,
+        case: Case,
+        rng: np.random.Generator | None = None,
+        clicks: Mapping[str, prompts.Clicks] | None = None,
+    ) -> preprocessing.PreparedCase:
+        """``preprocessing.prepare_case`` with this configuration: one path for caching, evaluation and prediction."""
+        b = self.backbone
+        return preprocessing.prepare_case(
+            case,
+            self.channels,
+            self.class_map,
+            self.config.data,
+            self.config.protocol,
+            b.image_size,
+            b.logit_shape,
+            rng,
+            clicks,
+        )
+
+    def select(self, split: str) -> tuple[Case, ...]:
+        """The cases of a split; training and validation are of the source domain."""
+        return case_tools.select(self.dataset, self.config.data, split)
+
+
+def build(config: configs.TrainConfig) -> Components:
+    """Load the dataset's index and the backbone.
+
+    Raises:
+        InputError: for any value of the configuration that does not fit, before any work is done.
+    """
+    configs.validate(config)
+    losses.get(config.loss)
+    load_backbone = models.registry.get(config.model.backbone)
+    dataset = case_tools.load(config.data)
+    class_map = classes.parse(config.data.classes, dataset.labels)
+    channels = case_tools.channels(config.data, dataset)
+    weights = Path(config.model.weights) if config.model.weights else None
+    if weights is not None and not weights.is_dir():
+        raise UsageError(f"--config.model.weights={weights} is not a folder; give one that holds model.safetensors.")
+    return Components(config, dataset, class_map, channels, load_backbone(weights, len(class_map.names)))
+
+
+def feature_cache(components: Components, workdir: Path) -> FeatureCache:
+    """The run's feature cache, opened only if it was made with the same weights and preprocessing."""
+    data = components.config.data
+    signature = {
+        "backbone": components.backbone.fingerprint,
+        "image_size": components.backbone.image_size,
+        "channels": components.channels,
+        "classes": dict(zip(components.class_map.names, components.class_map.ids, strict=True)),
+        "percentiles": (data.lower_percentile, data.upper_percentile),
+        "augmentation": (data.rotation_degrees, data.intensity_fraction, VIEW_SEED),
+    }
+    return FeatureCache.open(Path(data.cache) if data.cache else workdir / "features", signature)
+
+
+def fill_cache(components: Components, cache: FeatureCache, splits: Mapping[str, int]) -> None:
+    """Encode what is missing: ``splits`` gives the number of views per split."""
+    for split, views in splits.items():
+        cases = [case for case in components.select(split) if case.label is not None]
+        caching.fill_cache(
+            cache,
+            cases,
+            components.prepare,
+            components.backbone,
+            views=views,
+            seed=VIEW_SEED,
+            num_classes=len(components.class_map.names),
+            batch_size=ENCODER_BATCH,
+            mesh=sharding.data_mesh(),
+        )
+
+
+def loss_terms(config: configs.TrainConfig, num_classes: int) -> tuple[Loss, Loss, Loss]:
+    """Task loss, penalised loss (voxel-mean cross-entropy) and confidence penalty."""
+    penalised = losses.get("bce" if num_classes == 1 else "ce")
+    confidence = losses.registry.bind("cmp", {"threshold": config.cmp.threshold, "temperature": config.cmp.temperature})
+    return losses.get(config.loss), penalised, confidence
+
+
+def metadata(components: Components) -> dict[str, Any]:
+    """What a trained model must know about its input, beside its configuration."""
+    return {
+        "class_names": list(components.class_map.names),
+        "class_ids": [list(ids) for ids in components.class_map.ids],
+        "known_ids": sorted(components.class_map.known),
+        "channels": list(components.channels),
+        "dataset": components.dataset.root.name,
+        "devices_kind": jax.devices()[0].device_kind,
+    }
+
+
+def of_model(record: Mapping[str, Any], root: str) -> Components:
+    """The components that a trained model needs, from the record saved beside its weights.
+
+    ``root`` replaces the dataset's folder; empty keeps the one it was trained on.  Channels and classes are the
+    model's own, whatever the new dataset declares.
+
+    Raises:
+        DataError, UsageError: when the dataset lacks a channel, or the backbone's weights are not the model's.
+    """
+    config = configs.from_dict(configs.TrainConfig, record["config"], "model.json")
+    spec = ",".join(
+        f"{name}={'+'.join(map(str, ids))}"
+        for name, ids in zip(record["class_names"], record["class_ids"], strict=True)
+    )
+    data = dataclasses.replace(
+        config.data, root=root or config.data.root, channels=",".join(record["channels"]), classes=spec
+    )
+    if root and root != config.data.root:
+        data = dataclasses.replace(data, cache="")  # the model's own cache holds other cases
+    components = build(dataclasses.replace(config, data=data))
+    if components.backbone.fingerprint != record["backbone"]:
+        raise UsageError(
+            f"The model was trained on features of a backbone with fingerprint {record['backbone'][:12]}, but "
+            f"{config.model.weights or 'the tiny SAM of this installation'} has {components.backbone.fingerprint[:12]}; "
+            "restore those weights or train again."
+        )
+    return components
+
+
+@functools.cache
+def jitted(decode: Any) -> Any:
+    """``jax.jit(decode)``, compiled once for all models that share a backbone."""
+    return jax.jit(decode)

@@ -1,0 +1,225 @@
+"""Evaluate trained runs on the test cases of every domain; write tables and a report.
+
+python -m launch.evaluate --runs=runs/x/calsam_seed42,runs/x/sam_ft_seed42 --workdir=runs/x/evaluation
+
+Beside the runs it shows each of them with temperature scaling (fitted on the source domain's validation cases), SAM as
+it came (binary problems), and two guesses made from the prompt alone.  Writes ``cases.csv`` (long format),
+``summary.json`` (nnU-Net's keys), ``temperatures.json``, ``table.md`` and ``report.html``.
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+import calsegx
+from calsegx import configs
+from calsegx.data import cases as case_tools
+from calsegx.data import nifti
+from calsegx.evaluation import evaluate as case_metrics
+from calsegx.evaluation import gallery, methods, report, study, tables
+from calsegx.interfaces import Case, UsageError
+from calsegx.training import files, loop, progress
+from launch import common, components
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Trained decoders that share one dataset, backbone and prompt protocol."""
+
+    models: Sequence[study.Model]
+    record: Mapping[str, Any]  # of the first
+    logs: Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
+    """Load the models, and refuse to compare what was not trained alike.
+
+    Raises:
+        UsageError: when the runs differ in data, backbone, classes or prompt protocol, or ``protocol`` is another one
+            than theirs: scores under different prompts must not silently stand in one table.
+    """
+    if not folders:
+        raise UsageError("--runs is empty; give the folders of trained runs, separated by commas.")
+    loaded = [loop.load_model(folder) for folder in folders]
+    first = loaded[0][1]
+    for folder, (_, record) in zip(folders, loaded, strict=True):
+        trained = record["config"]["protocol"]
+        if protocol and protocol != trained:
+            raise UsageError(
+                f"{folder} was trained with the prompt protocol {trained!r}, not with --protocol={protocol!r}; "
+                f"evaluate it with {trained!r} or train a run with {protocol!r}."
+            )
+        for what, mine, reference in (
+            ("prompt protocol", trained, first["config"]["protocol"]),
+            ("backbone", record["backbone"], first["backbone"]),
+            ("classes", record["class_ids"], first["class_ids"]),
+            ("channels", record["channels"], first["channels"]),
+            ("source domain", record["config"]["data"]["source"], first["config"]["data"]["source"]),
+        ):
+            if mine != reference:
+                raise UsageError(
+                    f"{folder} and {folders[0]} differ in their {what} ({mine} and {reference}); "
+                    "evaluate them separately."
+                )
+    models = [study.Model(r["config"]["method"], r["config"]["seed"], params) for params, r in loaded]
+    for folder, model in zip(folders, models, strict=True):
+        if sum((m.method, m.seed) == (model.method, model.seed) for m in models) > 1:
+            raise UsageError(f"{folder} repeats {model.method} with seed {model.seed}; give every run once.")
+    several = len({m.seed for m in models}) > 1
+    logs = {}
+    for folder, m in zip(folders, models, strict=True):
+        lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+        logs[m.method + (f" seed {m.seed}" if several else "")] = [json.loads(line) for line in lines]
+    return Runs(models, first, logs)
+
+
+def evaluate(
+    folders: Sequence[Path], workdir: Path, root: str = "", cache: Path | None = None, protocol: str = ""
+) -> report.Record:
+    """Score every test case and write the evaluation folder.
+
+    Args:
+        folders: of trained runs.
+        workdir: the evaluation folder.
+        root: another dataset than the one trained on; empty: the same.
+        cache: a feature cache to share; None: the training's, or ``<workdir>/features`` for another dataset.
+        protocol: the prompt protocol to expect; empty: the models' own.
+    """
+    runs = read_runs(folders, protocol)
+    parts = components.of_model(runs.record, root)
+    config = parts.config
+    test = tuple(case for case in parts.select("test") if case.label is not None)
+    train, val = parts.select("train"), parts.select("val")
+    if not test:
+        raise UsageError(f"The test cases of {parts.dataset.root} have no labels, so there is nothing to compare with.")
+    shared = cache or (Path(config.data.cache) if config.data.cache else folders[0] / "features")
+    features = components.feature_cache(parts, workdir if root and cache is None else shared.parent)
+    components.fill_cache(parts, features, {"train": 1, "val": 1, "test": 1})
+
+    domain_column = config.data.domain if config.data.source else ""
+    work = study.Study(features, parts.backbone, parts.class_map, config.protocol, domain_column)
+    temperatures = {(m.method, m.seed): study.fit_temperature(work, m, val) for m in runs.models}
+    guesses = study.fit_guesses(work, train)
+
+    rows: list[case_metrics.Row] = []
+    statistics: study.Statistics = {}
+    snapshots, shown = [], gallery.shown_methods(runs.models)
+    with progress.Progress("Evaluating", len(test), "cases") as bar:
+        for done, case in enumerate(test, start=1):
+            subject = study.load(work, case)
+            found = list(study.predictions(work, subject, runs.models, temperatures, guesses))
+            rows += study.score(work, subject, found, statistics)
+            snapshots.append(gallery.snapshot(subject, work.domain(case), found, shown))
+            bar.update(done, case.case_id)
+
+    def read_slice(case: Case, index: int) -> np.ndarray:
+        # The last channel: FLAIR in the phantoms, where oedema shows best.
+        return nifti.read(case.images[parts.channels[-1]]).voxels[index]
+
+    trained = ", ".join(methods.display(name) for name in methods.order(m.method for m in runs.models))
+    record = report.Record(
+        title=f"{trained} on {parts.dataset.root.name}",
+        rows=rows,
+        source=config.data.source,
+        targets=sorted({row.domain for row in rows} - {config.data.source}),
+        domain_kind=domain_column,
+        description=_describe(parts, runs, {"training": train, "validation": val, "test": test}, temperatures, guesses),
+        statistics=statistics,
+        logs=runs.logs,
+        gallery=gallery.pictures(snapshots, rows, shown[-1], domain_column, read_slice),
+    )
+    _write(workdir, record, parts, shown[-1][0], temperatures)
+    return record
+
+
+def _describe(
+    parts: components.Components,
+    runs: Runs,
+    splits: Mapping[str, Sequence[Case]],
+    temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
+    guesses: Mapping[str, Any],
+) -> dict[str, str]:
+    """What was run, for the head of the report."""
+    config, data = parts.config, parts.config.data
+    counts = []
+    for split, members in splits.items():
+        by_domain: dict[str, int] = {}
+        for case in members:
+            name = case_tools.domain(case, data.domain)
+            by_domain[name] = by_domain.get(name, 0) + 1
+        listed = ", ".join(f"{count} {data.domain} {name}" for name, count in sorted(by_domain.items()))
+        counts.append(f"{split}: {listed}")
+    fitted = ", ".join(
+        f"{methods.display(method)} seed {seed}: {value['temperature']:.2f}"
+        + ("" if value["identifiable"] else " (not identifiable)")
+        for (method, seed), value in temperatures.items()
+    )
+    classes = ", ".join(
+        f"{name} = {'+'.join(map(str, ids))}"
+        for name, ids in zip(parts.class_map.names, parts.class_map.ids, strict=True)
+    )
+    return {
+        "Dataset": parts.dataset.root.name,
+        "Cases": "; ".join(counts),
+        "Classes (label ids)": classes,
+        "Channels": ", ".join(parts.channels),
+        "Prompt protocol": f"{config.protocol}: placed on the ground truth, one per slice with foreground",
+        "Seeds": ", ".join(str(seed) for seed in sorted({m.seed for m in runs.models})),
+        "Training": f"{config.steps} steps of {config.batch_size} slices, {data.views} cached views a slice, Adam "
+        f"{config.optimizer.learning_rate:g} with cosine decay",
+        "Loss": f"{config.loss}; FIP weight {config.fisher.weight:g} ({config.fisher.normalisation}), CMP weight "
+        f"{config.cmp.weight:g}",
+        "Temperatures (validation, NLL)": fitted,
+        "Prompt-only disc": f"radius {guesses['prompt_only_disc'].radius_mm:.1f} mm, the best on the training labels",
+        "Versions": f"calsegx {calsegx.__version__}, jax {jax.__version__}, Python {platform.python_version()}, "
+        f"{jax.device_count()} {jax.devices()[0].device_kind}",
+    }
+
+
+def _write(
+    workdir: Path,
+    record: report.Record,
+    parts: components.Components,
+    method: str,
+    temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
+) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    tables.write_cases(workdir / "cases.csv", record.rows)
+    tables.write_summary(
+        workdir / "summary.json", record.rows, parts.class_map.names, method, record.source, record.targets
+    )
+    blocks = tables.overview(record.rows, record.source, record.targets)
+    files.write_atomically(workdir / "table.md", tables.markdown(blocks).encode())
+    fitted = [{"method": method, "seed": seed, **value} for (method, seed), value in temperatures.items()]
+    files.write_atomically(workdir / "temperatures.json", (json.dumps(fitted, indent=2) + "\n").encode())
+    report.write_report(workdir / "report.html", record)
+
+
+def define_flags() -> None:
+    """``--runs``, ``--workdir``, ``--data``, ``--cache``, ``--protocol``."""
+    flags.DEFINE_list("runs", None, "Folders of trained runs, separated by commas.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder to write the evaluation to.", required=True)
+    flags.DEFINE_string("data", "", "Another dataset folder than the one trained on.")
+    flags.DEFINE_string("cache", "", "Feature cache to use; default: the training's.")
+    flags.DEFINE_string("protocol", "", "The prompt protocol to expect; another one than the models' is refused.")
+
+
+def main() -> None:
+    """Evaluate, and say the main result."""
+    arguments = flags.FLAGS
+    workdir = Path(arguments.workdir)
+    cache = Path(arguments.cache) if arguments.cache else None
+    record = evaluate([Path(run) for run in arguments.runs], workdir, arguments.data, cache, arguments.protocol)
+    print(report.headline(record))
+    print(f"The report is {workdir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    common.run(main, define_flags)

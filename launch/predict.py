@@ -1,0 +1,130 @@
+"""Segment cases with a trained run: masks and probabilities as NIfTI, on the input's own grid.
+
+python -m launch.predict --run=runs/x/calsam_seed42 --output=predictions --data=DATASET --prompts=clicks.tsv
+
+``--prompts`` is a table ``case_id i j k label`` of voxels in the image files' own indices, counted from 0; label 1 is a
+foreground point, 0 a background point, 2 and 3 are two opposite corners of a box.  Without it the prompts are placed on
+the reference labels by the model's protocol, which is for benchmarks only.  Writes ``CASE.nii.gz`` (label ids of the
+training data, uint8) and ``CASE_prob-CLASS.nii.gz`` (float32).
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from calsegx.data import classes, nifti, pipeline, preprocessing, prompts
+from calsegx.evaluation import predict as case_prediction
+from calsegx.interfaces import Case, DataError, InputError, UsageError
+from calsegx.training import loop, progress
+from launch import common, components
+
+BATCH = 16
+
+
+def predict(
+    run: Path, output: Path, root: str = "", clicks_file: Path | None = None, split: str = "test", limit: int = 0
+) -> list[Path]:
+    """Segment the cases of a split (or, with ``split="all"``, of the whole dataset); returns the mask files.
+
+    A case that fails does not stop the others; the failures are listed at the end.
+
+    Raises:
+        DataError: after the last case, when any case failed.
+    """
+    params, record = loop.load_model(run)
+    parts = components.of_model(record, root)
+    cases = parts.dataset.cases if split == "all" else parts.select(split)
+    if limit:
+        cases = cases[:limit]
+    clicks = prompts.read_clicks(clicks_file) if clicks_file else None
+    if clicks is not None:
+        prompts.check_clicks(clicks, cases, parts.config.protocol)
+    else:
+        for case in cases:
+            if case.label is None:
+                raise UsageError(
+                    f"Case {case.case_id!r} has no reference labels to place prompts on; give clicks with --prompts."
+                )
+    output.mkdir(parents=True, exist_ok=True)
+    steps = jax.jit(parts.backbone.encode), jax.jit(parts.backbone.decode)
+    written, failed = [], []
+    with progress.Progress("Predicting", len(cases), "cases") as bar:
+        for done, case in enumerate(cases, start=1):
+            try:
+                probabilities, reference = _probabilities(parts, params, case, clicks, *steps)
+            except InputError as error:
+                failed.append(f"{case.case_id}: {error}")
+                bar.say(f"failed: {failed[-1]}")
+            else:
+                written.append(_write(output, case, probabilities, reference, parts.class_map))
+            bar.update(done, case.case_id)
+    if failed:
+        raise DataError(f"{len(failed)} of {len(cases)} cases failed; the first: {failed[0]}")
+    return written
+
+
+def _probabilities(
+    parts: components.Components,
+    params: Any,
+    case: Case,
+    clicks: Mapping[str, prompts.Clicks] | None,
+    encode: Any,
+    decode: Any,
+) -> tuple[np.ndarray, Any]:
+    """Foreground probabilities ``[D, H, W, K]`` and the grid to write them on."""
+    backbone = parts.backbone
+    prepared = parts.prepare(case, clicks=clicks)
+    asked = pipeline.protocol_prompts(prepared.prompts, parts.config.protocol)
+    logits = []
+    for start in range(0, len(prepared.slices), BATCH):
+        # The last batch is filled with copies of its last slice: one compiled shape.
+        rows = np.minimum(np.arange(start, start + BATCH), len(prepared.slices) - 1)
+        frames = preprocessing.to_frame(
+            prepared.images[rows], prepared.geometry, backbone.pixel_mean, backbone.pixel_std
+        )
+        z = encode(backbone.frozen, frames)
+        batch = type(asked)(*(None if value is None else value[rows] for value in asked))
+        low_res = case_prediction.predict_slices(decode, params, backbone.frozen, z, batch, BATCH)
+        logits.append(low_res[: len(prepared.slices) - start])
+    native = case_prediction.case_logits(np.concatenate(logits), prepared.geometry)
+    depth = prepared.reference.voxels.shape[0]
+    volume = case_prediction.to_volume(case_prediction.probabilities(native), prepared.slices, depth)
+    return volume, prepared.reference
+
+
+def _write(output: Path, case: Case, probabilities: np.ndarray, reference: Any, class_map: classes.ClassMap) -> Path:
+    for index, name in enumerate(class_map.names):
+        path = output / f"{case.case_id}_prob-{name}.nii.gz"
+        nifti.write(path, probabilities[..., index], reference, np.float32)
+    mask = output / f"{case.case_id}.nii.gz"
+    ids = classes.to_file_ids(class_map, case_prediction.segment(probabilities))
+    nifti.write(mask, ids, reference, ids.dtype.type)
+    return mask
+
+
+def define_flags() -> None:
+    """``--run``, ``--output``, ``--data``, ``--prompts``, ``--split``."""
+    flags.DEFINE_string("run", None, "Folder of a trained run.", required=True)
+    flags.DEFINE_string("output", None, "Folder to write masks and probabilities to.", required=True)
+    flags.DEFINE_string("data", "", "Another dataset folder than the one trained on.")
+    flags.DEFINE_string("prompts", "", "Table of clicks; without it prompts are placed on the reference labels.")
+    flags.DEFINE_enum("split", "test", ["train", "val", "test", "all"], "Which cases.")
+
+
+def main() -> None:
+    """Predict, and say where the masks are."""
+    arguments = flags.FLAGS
+    clicks = Path(arguments.prompts) if arguments.prompts else None
+    if clicks is None:
+        print("note: no --prompts, so prompts are placed on the reference labels (benchmarks only)", file=sys.stderr)
+    written = predict(Path(arguments.run), Path(arguments.output), arguments.data, clicks, arguments.split)
+    print(f"Wrote {len(written)} masks with their probabilities to {arguments.output}")
+
+
+if __name__ == "__main__":
+    common.run(main, define_flags)

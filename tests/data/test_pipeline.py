@@ -1,0 +1,134 @@
+"""Training batches: deterministic, resumable, every slice once per epoch."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from calsegx import features
+from calsegx.data import pipeline
+from calsegx.interfaces import InputError, Prompts, UsageError
+
+CASES = ["a", "b"]
+VIEWS = ["view0", "view1"]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Features say which case, view and slice they are: 100 * case + 10 * view + slice."""
+    made = features.FeatureCache.open(tmp_path / "cache", {})
+    for number, case_id in enumerate(CASES):
+        for view in range(2):
+            names = 100 * number + 10 * view + np.arange(5)
+            made.write(
+                case_id,
+                f"view{view}",
+                features=np.broadcast_to(names[:, None, None, None], (5, 2, 2, 3)),
+                labels=np.full((5, 8, 8), number, np.uint8),
+                slices=np.arange(5),
+                prompts=Prompts(points=np.zeros((5, 2, 2)), labels=np.ones((5, 2)), boxes=np.zeros((5, 4))),
+                fingerprint="f",
+            )
+    return made
+
+
+def stream(cache, seed=0, batch_size=4, protocol="gt_points", views=VIEWS):
+    return pipeline.training_batches(cache, CASES, views, batch_size, seed, protocol)
+
+
+def names(batches):
+    return np.concatenate([batch.features[:, 0, 0, 0].astype(int) for batch in batches])
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def test_batch_content(cache):
+    batch = next(iter(stream(cache)))
+    assert batch.features.shape == (4, 2, 2, 3) and batch.features.dtype == ml_dtypes.bfloat16
+    assert batch.labels.shape == (4, 8, 8) and batch.labels.dtype == np.int32
+    np.testing.assert_array_equal(batch.labels[:, 0, 0], names([batch]) // 100)
+    assert batch.prompts.points.shape == (4, 2, 2) and batch.prompts.labels.shape == (4, 2)
+    assert batch.prompts.boxes is None and batch.prompts.masks is None
+
+
+def test_protocol_chooses_the_prompts(cache):
+    prompts = next(iter(stream(cache, protocol="gt_box"))).prompts
+    assert prompts.boxes.shape == (4, 4) and prompts.points is None and prompts.labels is None
+
+
+def test_every_slice_once_per_epoch(cache):
+    seen = names(take(iter(stream(cache, batch_size=5)), 20)).reshape(10, 10)
+    slices = seen // 100 * 100 + seen % 10
+    for epoch in slices:
+        assert sorted(epoch) == [0, 1, 2, 3, 4, 100, 101, 102, 103, 104]
+    assert len({tuple(epoch) for epoch in slices}) > 1  # a new order every epoch
+    views = seen // 10 % 10
+    assert 30 < views.sum() < 70  # 100 fair choices between two views; fixed by the seed
+    assert len({tuple(epoch) for epoch in views}) > 1
+
+
+def test_deterministic_and_seeded(cache):
+    first = names(take(iter(stream(cache)), 8))
+    np.testing.assert_array_equal(first, names(take(iter(stream(cache)), 8)))
+    assert np.any(first != names(take(iter(stream(cache, seed=1)), 8)))
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 7])
+def test_resumes_exactly(cache, done):
+    whole = iter(stream(cache))
+    take(whole, done)
+    state = whole.get_state()
+    rest = names(take(whole, 6))
+    resumed = iter(stream(cache))
+    resumed.set_state(state)
+    np.testing.assert_array_equal(names(take(resumed, 6)), rest)
+
+
+def test_slice_that_one_view_lacks(cache):
+    cache.write(
+        "a",
+        "view1",
+        features=np.full((1, 2, 2, 3), 13.0),
+        labels=np.zeros((1, 8, 8), np.uint8),
+        slices=np.array([3]),
+        prompts=Prompts(points=np.zeros((1, 2, 2)), labels=np.ones((1, 2))),
+        fingerprint="f",
+    )
+    seen = set(names(take(iter(stream(cache, batch_size=10)), 20)))
+    assert {0, 1, 2, 3, 4, 13} == {name for name in seen if name < 100}
+
+
+def test_fewer_slices_than_a_batch(cache):
+    with pytest.raises(UsageError, match=r"--config.batch_size=11 is more than the 10 training slices of 2 cases"):
+        stream(cache, batch_size=11)
+
+
+def test_missing_view(cache):
+    with pytest.raises(InputError, match="'a' has no view2"):
+        stream(cache, views=["view0", "view2"])
+
+
+def test_missing_prompts_and_labels(cache):
+    content = {
+        "features": np.zeros((5, 2, 2, 3)),
+        "slices": np.arange(5),
+        "prompts": Prompts(boxes=np.zeros((5, 4))),
+        "fingerprint": "f",
+    }
+    cache.write("a", "view0", labels=np.zeros((5, 8, 8), np.uint8), **content)
+    with pytest.raises(InputError, match="no prompts for the protocol 'gt_points'"):
+        pipeline.evaluation_batches(cache, ["a"], 2, "gt_points", 1)
+    cache.write("a", "view0", labels=None, **content)
+    with pytest.raises(InputError, match="Case 'a' has no labels"):
+        pipeline.evaluation_batches(cache, ["a"], 2, "gt_box", 1)
+
+
+def test_evaluation_batches(cache):
+    batches = pipeline.evaluation_batches(cache, CASES, 4, "gt_points", 10)
+    assert [count for _, count in batches] == [4, 4, 2]
+    assert all(batch.features.shape == (4, 2, 2, 3) for batch, _ in batches)
+    real = np.concatenate([names([batch])[:count] for batch, count in batches])
+    assert sorted(real) == [0, 1, 2, 3, 4, 100, 101, 102, 103, 104]  # unaugmented, each once
+    assert len(pipeline.evaluation_batches(cache, CASES, 4, "gt_points", 2)) == 2
+    assert pipeline.evaluation_batches(cache, [], 4, "gt_points", 2) == []

@@ -1,0 +1,113 @@
+import dataclasses
+import json
+import math
+
+import pytest
+
+from calsegx.evaluation import evaluate, methods, tables
+from tests.evaluation import synthetic
+
+
+def test_methods_come_in_display_order_and_unknown_ones_last():
+    given = ["mine", "calsam+ts", "sam_ft", "prompt_only_disc", "calsam", "sam_ft", "other"]
+    assert methods.order(given) == ["prompt_only_disc", "sam_ft", "calsam", "calsam+ts", "mine", "other"]
+    assert methods.display("sam_fip+ts") == "SAM-FT + FIP + TS"
+    assert methods.display("mine") == "mine"
+
+
+def test_cases_round_trip(tmp_path):
+    rows = synthetic.rows(["sam_ft"], cases=2)
+    rows.append(dataclasses.replace(rows[0], case_id="with, comma", value=math.nan, defined=False))
+    path = tmp_path / "out" / "cases.csv"
+    tables.write_cases(path, rows)
+    header = path.read_text().splitlines()[0]
+    assert header == "method,seed,case_id,subject_id,domain,split,class,metric,region,value,defined"
+    read = tables.read_cases(path)
+    assert read[:-1] == rows[:-1]
+    assert math.isnan(read[-1].value)
+    assert dataclasses.replace(read[-1], value=0.0) == dataclasses.replace(rows[-1], value=0.0)
+    assert [p.name for p in path.parent.iterdir()] == ["cases.csv"]
+
+
+def test_summary_has_nnunets_keys_and_no_nan(tmp_path):
+    rows = synthetic.rows(["sam_ft", "calsam"], seeds=(42,), cases=3, class_names=("core", "oedema"))
+    rows = [
+        dataclasses.replace(r, value=math.nan, defined=False)
+        if r.class_name == "oedema" and r.metric == evaluate.DSC and r.case_id.startswith("case_00")
+        else r
+        for r in rows
+    ]
+    path = tmp_path / "summary.json"
+    files = {"case_00_A": ("p/case_00_A.nii.gz", "r/case_00_A.nii.gz")}
+    tables.write_summary(path, rows, ["core", "oedema"], "calsam", "A", ["B"], files)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    content = json.loads(path.read_text(), parse_constant=refuse)
+    assert len(content["metric_per_case"]) == 6
+    first = content["metric_per_case"][0]
+    assert first["prediction_file"] == "p/case_00_A.nii.gz"
+    assert first["metrics"]["2"]["Dice"] is None
+    own = [r for r in rows if r.method == "calsam" and r.metric == evaluate.DSC and not math.isnan(r.value)]
+    for label, name in (("1", "core"), ("2", "oedema")):
+        values = [r.value for r in own if r.class_name == name]
+        assert content["mean"][label]["Dice"] == pytest.approx(sum(values) / len(values))
+    halves = [content["mean"][label]["Dice"] for label in "12"]
+    assert content["foreground_mean"]["Dice"] == pytest.approx(sum(halves) / 2)
+    assert {s["method"] for s in content["calsegx"]["summary"]} == {"sam_ft", "calsam"}
+    assert {(g["source"], g["target"]) for g in content["calsegx"]["gaps"]} == {("A", "B")}
+
+
+def test_overview_marks_the_best_and_counts_the_undefined():
+    rows = synthetic.rows(["sam_ft", "calsam"], noise=0.0, cases=4)
+    rows = [
+        dataclasses.replace(r, defined=False)
+        if (r.method, r.domain, r.metric, r.case_id) == ("calsam", "B", evaluate.HD95, "case_01_B")
+        else r
+        for r in rows
+    ]
+    source, target, gap = tables.overview(rows, "A", ["B"], "scanner")
+    assert (source.title, target.title, gap.title) == ("Source: scanner A", "Target: scanner B", "Gap: A to B")
+    cells = dict(target.rows)
+    assert [c.best for c in cells["calsam"]][:3] == [True, True, True]
+    assert not any(c.best for c in cells["sam_ft"])
+    assert cells["calsam"][1].note == "undef. 2/8"  # one case, two seeds
+    assert cells["sam_ft"][1].note == "undef. 0/8"
+    assert dict(source.rows)["sam_ft"][0].best
+    assert dict(gap.rows)["sam_ft"][0].text.startswith("+14.0")
+    assert not any(c.best for _, line in gap.rows for c in line)
+
+
+def test_overview_says_what_is_missing():
+    rows = [
+        dataclasses.replace(r, value=math.nan, defined=False) if r.metric == evaluate.HD95 else r
+        for r in synthetic.rows(["sam_ft"], domains=["A"], seeds=(42,), cases=2)
+        if r.metric != evaluate.BRIER
+    ]
+    blocks = tables.overview(rows, "A", ["B"])
+    cells = blocks[0].rows[0][1]
+    assert cells[1].text == "undefined in every case"
+    assert cells[1].note == "undef. 2/2"
+    assert cells[-1].text == "not measured"
+    assert "±" not in cells[0].text
+    assert blocks[1].rows == [] == blocks[2].rows
+
+
+def test_markdown_has_a_line_for_every_method_and_the_definitions():
+    text = tables.markdown(tables.overview(synthetic.rows(cases=3), "A", ["B"]))
+    lines = text.splitlines()
+    width = lines[0].count("|")
+    assert all(line.count("|") == width for line in lines if line.startswith("|"))
+    assert sum(line.startswith("| CalSAM + TS |") for line in lines) == 3
+    for column in tables.COLUMNS:
+        assert f"* {column.title}: {column.definition}." in lines
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.txt"
+    tables.write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        tables.write_atomically(path, "\ud800")
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,134 @@
+"""Stage-by-stage parity with Meta's SAM on a tiny configuration (tests/golden/README.md: sam).
+
+Tolerances are absolute and come from float32-against-float64 runs of Meta's code: encoder 2e-5, prompts 5e-6,
+masks 1e-4, IoU 1e-5.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calsegx.interfaces import Prompts
+from calsegx.models import sam
+from calsegx.models.sam import attention, image_encoder, model, weights
+from tests.golden import detweights
+from weights_conversion import meta_names
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "sam_tiny.npz"
+
+
+@functools.cache
+def golden():
+    data = np.load(GOLDEN)
+    return {name: data[name] for name in data.files}
+
+
+@functools.cache
+def tiny():
+    """Configuration and parameters converted from Meta's names."""
+    meta = json.loads(str(golden()["meta_json"]))
+    fields = {f.name for f in dataclasses.fields(sam.SamConfig)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items() if k in fields}
+    config = sam.SamConfig(**values)
+    state = detweights.make_weights(detweights.sam_shapes(meta["config"]), meta["weight_seed"])
+    assert detweights.digest(state) == meta["weights_sha256"]
+    template = jax.eval_shape(lambda: sam.init(config, jax.random.key(0)))
+    return config, weights.unflatten(template, meta_names.convert(state), "golden")
+
+
+@functools.cache
+def embeddings():
+    config, params = tiny()
+    frame = np.zeros((1, config.image_size, config.image_size, 3), np.float32)
+    resized = golden()["resized"]
+    normalised = (resized - np.float32(config.pixel_mean)) / np.float32(config.pixel_std)
+    frame[0, : resized.shape[0], : resized.shape[1]] = normalised
+    module = image_encoder.ImageEncoder(config)
+    return module.apply({"params": params["image_encoder"]}, jnp.asarray(frame), capture_intermediates=True)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_encoder_blocks(block):
+    stages = embeddings()[1]["intermediates"]
+    out = stages[f"blocks.{block}"]["__call__"][0]
+    np.testing.assert_allclose(out, golden()[f"encoder/block{block}"], atol=2e-5, rtol=0)
+
+
+def test_patch_embedding():
+    out = embeddings()[1]["intermediates"]["patch_embed"]["__call__"][0]
+    np.testing.assert_allclose(out, golden()["encoder/patch_embed"], atol=2e-5, rtol=0)
+
+
+def test_neck():
+    z = embeddings()[0]
+    np.testing.assert_allclose(z, golden()["encoder/neck"].transpose(0, 2, 3, 1), atol=2e-5, rtol=0)
+
+
+def test_row_blocked_attention_equals_whole(monkeypatch):
+    config, params = tiny()
+    x = jax.random.normal(jax.random.key(0), (1, 3 * 16, 2 * 16, 3))
+    whole = sam.encode(config, params, x)
+    monkeypatch.setattr(attention, "ROW_BLOCK_TOKENS", 1)
+    np.testing.assert_allclose(sam.encode(config, params, x), whole, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["same", "up", "down", "q_lt_k", "q_gt_k", "odd", "interp_unequal"])
+def test_relative_positions(case):
+    table, expected = golden()[f"relpos/{case}/table"], golden()[f"relpos/{case}/out"]
+    out = attention.relative_positions(jnp.asarray(table), *expected.shape[:2])
+    np.testing.assert_allclose(out, expected, atol=5e-6, rtol=0)
+
+
+def prompts_of(case):
+    config, g = tiny()[0], golden()
+    get = lambda name: jnp.asarray(g[f"{case}/{name}"]) if f"{case}/{name}" in g else None
+    labels = get("labels")
+    masks = None
+    if "mask" in case:
+        side = 4 * config.grid
+        masks = jnp.asarray(detweights.make_array("mask", (1, 1, side, side), 1, std=4.0)).transpose(0, 2, 3, 1)
+    labels = None if labels is None else labels.astype(jnp.int32)
+    return Prompts(points=get("points"), labels=labels, boxes=get("boxes"), masks=masks)
+
+
+CASES = ["none", "pt1", "pt2", "box", "box_pt", "mask", "pt1_mask", "box3", "pt_pad"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prompts_and_masks(case):
+    config, params = tiny()
+    g = golden()
+    z = jnp.repeat(jnp.asarray(g["encoder/neck"].transpose(0, 2, 3, 1)), len(g[f"{case}/low_res_multi"]), axis=0)
+    prompts = prompts_of(case)
+    sparse, dense, position = model.embed_prompts(config, params["prompt_encoder"], z, prompts)
+    np.testing.assert_allclose(sparse, g[f"{case}/sparse"], atol=5e-6, rtol=0)
+    np.testing.assert_allclose(position, g["dense_pe"][0].transpose(1, 2, 0), atol=5e-6, rtol=0)
+    if case == "mask":
+        np.testing.assert_allclose(dense, g["mask/dense"].transpose(0, 2, 3, 1), atol=2e-5, rtol=0)
+    for multimask, name in ((True, "multi"), (False, "single")):
+        logits, iou = sam.decode(config, params, z, prompts, multimask=multimask)
+        np.testing.assert_allclose(logits, g[f"{case}/low_res_{name}"], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(iou, g[f"{case}/iou_{name}"], atol=1e-5, rtol=0)
+
+
+def test_padded_points_equal_unpadded():
+    config, params = tiny()
+    z = jax.random.normal(jax.random.key(1), (1, 16, 16, 256))
+    points, labels = jnp.array([[[30.0, 40.0]]]), jnp.array([[1]])
+    embed = lambda p: model.embed_prompts(config, params["prompt_encoder"], z, p)[0]
+    plain = embed(Prompts(points=points, labels=labels))
+    padded = embed(Prompts(points=jnp.pad(points, ((0, 0), (0, 1), (0, 0))), labels=jnp.array([[1, -1]])))
+    np.testing.assert_allclose(padded[:, :2], plain, atol=1e-6)
+
+
+def test_window_partition_round_trip_on_a_grid_that_is_not_square():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 13, 3))
+    windows, grid = image_encoder.partition(x, 5)
+    assert windows.shape == (2 * 2 * 3, 5, 5, 3)
+    np.testing.assert_array_equal(image_encoder.unpartition(windows, 5, grid, (7, 13)), x)

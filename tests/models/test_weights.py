@@ -1,0 +1,99 @@
+"""Weights folders, and the tiny SAM that ships with calsegx."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calsegx.interfaces import DataError, Prompts, UsageError
+from calsegx.models import sam
+from calsegx.models.sam import backbone, presets, weights
+
+SMALL = dataclasses.replace(presets.TINY, embed_dim=16, depth=2, out_chans=16, decoder_mlp_dim=16, image_size=64)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return sam.init(SMALL, jax.random.key(0))
+
+
+def test_round_trip(tmp_path, params):
+    sam.save(tmp_path / "w", SMALL, params, "card")
+    config, loaded = sam.load(tmp_path / "w")
+    assert config == SMALL
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_bfloat16_halves_the_file(tmp_path, params):
+    for name, dtype in (("full", np.float32), ("half", jnp.bfloat16)):
+        sam.save(tmp_path / name, SMALL, params, "card", dtype)
+    full, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half"))
+    assert half < 0.7 * full  # the header is the same
+    loaded = sam.load(tmp_path / "half")[1]
+    assert {x.dtype for x in jax.tree.leaves(loaded)} == {np.dtype(np.float32)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), loaded, params)
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path, params):
+    (tmp_path / "w").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        sam.save(tmp_path / "w", SMALL, params, "card")
+
+
+def test_nothing_is_left_behind_when_writing_fails(tmp_path, params):
+    with pytest.raises(TypeError):
+        sam.save(tmp_path / "w", SMALL, params, card=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flipped_byte_is_found(tmp_path, params):
+    sam.save(tmp_path / "w", SMALL, params, "card")
+    path = tmp_path / "w" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="model.safetensors does not have the checksum"):
+        sam.load(tmp_path / "w")
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(DataError, match="is not a weights folder: model.safetensors is missing"):
+        sam.load(tmp_path)
+
+
+def test_names_and_shapes_are_checked_both_ways(params):
+    flat = weights.flatten(params)
+    name = next(iter(flat))
+    flat["extra"] = flat.pop(name)
+    with pytest.raises(DataError) as error:
+        weights.unflatten(params, flat, "here")
+    assert f"missing {name}" in str(error.value) and "not used extra" in str(error.value)
+    flat = dict(weights.flatten(params), **{name: np.zeros((1, 2, 3))})
+    with pytest.raises(DataError, match=r"wrong shape .*\(1, 2, 3\) instead of"):
+        weights.unflatten(params, flat, "here")
+
+
+def test_the_tiny_sam_is_small_and_whole():
+    folder = backbone.tiny_weights()
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6
+    assert "Not a medical device" in (folder / "README.md").read_text()
+    config, _ = sam.load(folder)
+    assert config == presets.TINY
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_class_decoder(classes):
+    tiny = backbone.load_backbone(None, classes)
+    z = jax.random.normal(jax.random.key(0), (2, *tiny.feature_shape))
+    prompts = Prompts(points=jnp.full((2, 2, 2), 40.0), labels=jnp.array([[1, 0], [1, -1]]))
+    logits = tiny.decode(tiny.trainable, tiny.frozen, z, prompts)
+    assert logits.shape == (2, *tiny.logit_shape, 1 if classes == 1 else classes + 1)
+    if classes > 1:
+        assert not logits[..., 0].any()  # the background is the reference
+        # Classes start alike, and training tells them apart: every one has its own token and hypernetwork.
+        np.testing.assert_allclose(logits[..., 1], logits[..., 2], atol=1e-4)
+        grads = jax.grad(lambda p: tiny.decode(p, tiny.frozen, z, prompts)[..., 1].sum())(tiny.trainable)
+        assert jnp.abs(grads["output_hypernetworks_mlps.0"]["layers.0"]["kernel"]).max() > 0
+        assert not grads["output_hypernetworks_mlps.1"]["layers.0"]["kernel"].any()

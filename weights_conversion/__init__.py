@@ -1,0 +1,1 @@
+"""Weights from other frameworks, as tables of names and layouts."""
