@@ -145,10 +145,10 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
         data = dataclasses.replace(data, cache="")  # the model's own cache holds other cases
     components = build(dataclasses.replace(config, data=data))
     if components.backbone.fingerprint != record["backbone"]:
+        weights = config.model.weights or "the tiny SAM of this installation"
         raise UsageError(
-            f"The model was trained on features of a backbone with fingerprint {record['backbone'][:12]}, but "
-            f"{config.model.weights or 'the tiny SAM of this installation'} has {components.backbone.fingerprint[:12]}; "
-            "restore those weights or train again."
+            f"The model was trained on a backbone with fingerprint {record['backbone'][:12]}, but {weights} has "
+            f"{components.backbone.fingerprint[:12]}; restore those weights or train again."
         )
     return components
 

@@ -19,13 +19,13 @@ import numpy as np
 from absl import flags
 
 import calsegx
-from calsegx import configs
+from calsegx import files
 from calsegx.data import cases as case_tools
 from calsegx.data import nifti
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import gallery, methods, report, study, tables
 from calsegx.interfaces import Case, UsageError
-from calsegx.training import files, loop, progress
+from calsegx.training import loop, progress
 from launch import common, components
 
 
@@ -195,10 +195,10 @@ def _write(
     tables.write_summary(
         workdir / "summary.json", record.rows, parts.class_map.names, method, record.source, record.targets
     )
-    blocks = tables.overview(record.rows, record.source, record.targets)
-    files.write_atomically(workdir / "table.md", tables.markdown(blocks).encode())
+    blocks = tables.overview(record.rows, record.source, record.targets, record.domain_kind)
+    files.write_atomically(workdir / "table.md", tables.markdown(blocks))
     fitted = [{"method": method, "seed": seed, **value} for (method, seed), value in temperatures.items()]
-    files.write_atomically(workdir / "temperatures.json", (json.dumps(fitted, indent=2) + "\n").encode())
+    files.write_atomically(workdir / "temperatures.json", json.dumps(fitted, indent=2) + "\n")
     report.write_report(workdir / "report.html", record)
 
 

@@ -8,6 +8,7 @@ were seen by A and by B, so the difference between the two is the scanner's alon
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from rich import console, progress
@@ -28,22 +29,14 @@ def define_flags() -> None:
     flags.DEFINE_integer("processes", 2, "Worker processes; 1 works without any.", lower_bound=1)
 
 
-def make_phantoms(
-    root: Path, train: int, val: int, test: int, kind: str, severity: float, seed: int, processes: int
-) -> None:
-    """Write the dataset, showing progress."""
+def make_phantoms(root: Path, **options: Any) -> None:
+    """``phantoms.write_dataset`` with a progress bar."""
     columns = (*progress.Progress.get_default_columns(), progress.MofNCompleteColumn())
     with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
-        task = bar.add_task("patients", visible=False)  # nothing to show when the folder is refused
+        task = bar.add_task("Phantoms: patients", visible=False)  # nothing to show when the folder is refused
         phantoms.write_dataset(
             root,
-            train=train,
-            val=val,
-            test=test,
-            kind=kind,
-            severity=severity,
-            seed=seed,
-            processes=processes,
+            **options,
             progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
         )
 
@@ -51,7 +44,8 @@ def make_phantoms(
 def main() -> None:
     """Write the dataset, and say what is in it."""
     f = flags.FLAGS
-    make_phantoms(Path(f.root), f.train, f.val, f.test, f.kind, f.severity, f.seed, f.processes)
+    names = ("train", "val", "test", "kind", "severity", "seed", "processes")
+    make_phantoms(Path(f.root), **{name: f[name].value for name in names})
     patients = f.train + f.val + f.test
     print(f"Wrote {patients + f.test} scans of {patients} patients ({f.kind}) to {f.root}.")
 

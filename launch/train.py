@@ -13,8 +13,8 @@ from typing import Any
 
 from absl import flags
 
-from calsegx import configs, sharding
-from calsegx.training import checkpoints, files, loop
+from calsegx import configs, files, sharding
+from calsegx.training import checkpoints, loop
 from launch import common, components
 
 
@@ -33,7 +33,7 @@ def train(config: configs.TrainConfig, workdir: Path, resume: bool = False) -> d
     components.fill_cache(parts, cache, {"train": config.data.views, "val": 1})
 
     resolved = json.dumps(configs.to_dict(config), indent=2) + "\n"
-    files.write_atomically(workdir / "config.json", resolved.encode())
+    files.write_atomically(workdir / "config.json", resolved)
     return loop.train(
         config,
         parts.backbone,

@@ -6,12 +6,13 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-FOUNDATION = {"interfaces", "registry", "configs"}
+FOUNDATION = {"interfaces", "registry", "configs", "files"}
 # What each part of calsegx may import of calsegx, beside itself and the foundation.
 ALLOWED = {
     "interfaces": set(),
     "registry": {"interfaces"},
     "configs": {"interfaces"},
+    "files": {"interfaces"},
     "models": set(),
     "losses": set(),
     "metrics": set(),

@@ -10,7 +10,6 @@ import gzip
 import io
 import itertools
 import math
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -19,7 +18,8 @@ import nibabel
 import numpy as np
 from nibabel import orientations, spatialimages, wrapstruct
 
-from calsegx.interfaces import DataError, InputError, Volume
+from calsegx import files
+from calsegx.interfaces import DataError, Volume
 
 WORKING_AXES = ("S", "P", "L")
 GRID_TOLERANCE_MM = 1e-2  # at the farthest corner: above the noise of float32 affines and quaternions
@@ -112,7 +112,7 @@ def write(path: Path, array: np.ndarray, like: Volume, dtype: type) -> None:
         with gzip.GzipFile("", "wb", _GZIP_LEVEL, packed, mtime=0) as stream:
             stream.write(content)
         content = packed.getvalue()
-    _write_atomically(path, content)
+    files.write_atomically(path, content)
 
 
 def same_grid(first: Volume, first_path: Path, second: Volume, second_path: Path) -> None:
@@ -295,18 +295,3 @@ def _inverse(transform: np.ndarray) -> np.ndarray:
 
 def _format(affine: np.ndarray) -> str:
     return str([[float(f"{value:.6g}") for value in row] for row in affine[:3]])
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}); check the folder and the free space, then run again."
-        ) from error

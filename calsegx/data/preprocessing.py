@@ -62,7 +62,7 @@ def prepare_case(
         channels: of ``cases.channels``.
         class_map: of ``classes.parse``.
         config: percentiles and the ranges of the augmentation.
-        protocol: ``gt_points`` or ``gt_box``.
+        protocol: ``gt_points`` or ``gt_box``: the kind that ``clicks`` must be; labels give both kinds.
         image_size: S of the backbone.
         logit_shape: of the backbone.
         rng: given, the slices are an augmented view, and prompts follow it; a slice whose foreground the
@@ -100,7 +100,7 @@ def prepare_case(
         kept = np.any(labels, axis=(1, 2))
         slices, images, labels = slices[kept], images[kept], labels[kept]
     if labels is not None and clicks is None:
-        native = _prompts_from_labels(labels > 0, protocol, spacing)
+        native = _prompts_from_labels(labels > 0, spacing)
     return PreparedCase(
         case,
         slices,
@@ -181,7 +181,7 @@ def from_low_res(logits: np.ndarray, geometry: FrameGeometry) -> np.ndarray:
     """
     rows, columns = (
         resample_matrix(resized, native, antialias=False)
-        @ resample_matrix(low, geometry.image_size, antialias=False)[-resized:]
+        @ resample_matrix(low, geometry.image_size, antialias=False)[:resized]
         for low, resized, native in zip(
             geometry.logit_shape, geometry.resized_shape, geometry.native_shape, strict=True
         )
@@ -258,18 +258,18 @@ def _read_channels(
     return voxels, reference
 
 
-def _prompts_from_labels(foreground: np.ndarray, protocol: str, spacing_mm: tuple[float, float]) -> Prompts:
-    if protocol == "gt_box":
-        return Prompts(boxes=prompt_tools.boxes_from_labels(foreground))
+def _prompts_from_labels(foreground: np.ndarray, spacing_mm: tuple[float, float]) -> Prompts:
     points, labels = prompt_tools.points_from_labels(foreground, spacing_mm)
-    return Prompts(points=points, labels=labels)
+    return Prompts(points=points, labels=labels, boxes=prompt_tools.boxes_from_labels(foreground))
 
 
 def _to_frame_coordinates(native: Prompts, geometry: FrameGeometry) -> Prompts:
-    if native.boxes is not None:
-        corners = native.boxes.reshape(-1, 2, 2)
-        return native._replace(boxes=points_to_frame(corners, geometry).reshape(-1, 4))
-    return native._replace(points=points_to_frame(np.asarray(native.points), geometry))
+    points, boxes = native.points, native.boxes
+    if points is not None:
+        points = points_to_frame(points, geometry)
+    if boxes is not None:
+        boxes = points_to_frame(boxes.reshape(-1, 2, 2), geometry).reshape(-1, 4)
+    return native._replace(points=points, boxes=boxes)
 
 
 def _ratio(geometry: FrameGeometry) -> np.ndarray:

@@ -12,6 +12,7 @@ and a calibration metric is defined for them.  Where that frequency would not wi
 probabilities are scaled up until the most frequent class just does: the shape is what is being segmented.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from calsegx.data import preprocessing
+from calsegx.interfaces import Prompts, Volume
 
 MARGIN = 1e-3  # by which the most frequent class wins against the background where precision is below one half
 
@@ -38,13 +40,20 @@ class PromptedTruth:
     labels: np.ndarray | None = None  # [D, H, W] class indices
 
 
-def prompted_truth(prepared: preprocessing.PreparedCase) -> PromptedTruth:
-    """The prompts of a prepared case on its native grid: the first foreground point, the box, and the truth.
+def prompted_truth(
+    prompts: Prompts, geometry: preprocessing.FrameGeometry, slices: Int[np.ndarray, " n"], label: Volume
+) -> PromptedTruth:
+    """The prompts on the native grid: the first foreground point, the box, and the truth.
 
     A slice without a foreground point gets NaN, and its disc is empty.
+
+    Args:
+        prompts: of the prompted slices, in frame coordinates.
+        geometry: how the slices lie in the frame.
+        slices: the prompted slices' indices along D.
+        label: class indices ``[D, H, W]`` on the native grid.
     """
     points = boxes = None
-    prompts, geometry = prepared.prompts, prepared.geometry
     if prompts.points is not None:
         foreground = prompts.labels == 1
         native = preprocessing.points_from_frame(prompts.points, geometry)
@@ -52,9 +61,7 @@ def prompted_truth(prepared: preprocessing.PreparedCase) -> PromptedTruth:
         points = np.where(foreground.any(axis=1)[:, None], first, np.nan)
     if prompts.boxes is not None:
         boxes = preprocessing.points_from_frame(prompts.boxes.reshape(-1, 2, 2), geometry).reshape(-1, 4)
-    reference = prepared.reference
-    shape = reference.voxels.shape
-    return PromptedTruth(shape, reference.spacing_mm, prepared.slices, points, boxes, prepared.label_volume)
+    return PromptedTruth(label.voxels.shape, label.spacing_mm, slices, points, boxes, label.voxels)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def fit_disc(cases: Sequence[PromptedTruth], classes: int, *, candidates: int = 
     """
     _need_slices(cases)
     smallest = min(min(case.spacing_mm[1:]) for case in cases) / 2
-    largest = max(np.hypot(*(n * s for n, s in zip(c.shape[1:], c.spacing_mm[1:], strict=True))) for c in cases) / 2
+    largest = max(math.hypot(*(n * s for n, s in zip(c.shape[1:], c.spacing_mm[1:], strict=True))) for c in cases) / 2
     radii = np.geomspace(smallest, largest, candidates)
     scores = np.mean([_dice_by_radius(case, radii) for case in cases if len(case.slices)], axis=0)
     radius = float(radii[scores.argmax()])
@@ -116,27 +123,36 @@ def _need_slices(cases: Sequence[PromptedTruth]) -> None:
         raise ValueError(f"The {len(cases)} training cases have no prompted slice to fit a prompt-only guess on.")
 
 
+def _needed(case: PromptedTruth, name: str) -> np.ndarray:
+    value = getattr(case, name)
+    if value is None:
+        raise ValueError(f"This prompt-only guess needs {name}; the case has none under its prompt protocol.")
+    return value
+
+
 def _dice_by_radius(case: PromptedTruth, radii: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
     """DSC of the case for every radius, by counting pixels in order of their distance."""
     distances = np.sqrt(_squared_distances_mm(case))
-    foreground = case.labels[case.slices] > 0
+    labels = _needed(case, "labels")
+    foreground = labels[case.slices] > 0
     predicted = np.searchsorted(np.sort(distances, axis=None), radii, side="right")
     overlap = np.searchsorted(np.sort(distances[foreground]), radii, side="right")
-    return 2 * overlap / (predicted + np.count_nonzero(case.labels))
+    return 2 * overlap / (predicted + np.count_nonzero(labels))
 
 
 def _squared_distances_mm(case: PromptedTruth) -> Float[np.ndarray, "n H W"]:
     """Squared distance of every pixel from its slice's foreground point."""
     _, height, width = case.shape
     _, row_mm, column_mm = case.spacing_mm
-    rows = (np.arange(height) - case.points[:, 1, None]) * row_mm
-    columns = (np.arange(width) - case.points[:, 0, None]) * column_mm
+    points = _needed(case, "points")
+    rows = (np.arange(height) - points[:, 1, None]) * row_mm
+    columns = (np.arange(width) - points[:, 0, None]) * column_mm
     return rows[:, :, None] ** 2 + columns[:, None, :] ** 2
 
 
 def _inside_ellipses(case: PromptedTruth) -> np.ndarray:
     _, height, width = case.shape
-    x0, y0, x1, y1 = case.boxes.T[:, :, None]
+    x0, y0, x1, y1 = _needed(case, "boxes").T[:, :, None]
     # A box holds its border pixels, so its extent is one pixel more than the difference of their centres.
     rows = (np.arange(height) - (y0 + y1) / 2) / ((y1 - y0 + 1) / 2)
     columns = (np.arange(width) - (x0 + x1) / 2) / ((x1 - x0 + 1) / 2)
@@ -144,7 +160,7 @@ def _inside_ellipses(case: PromptedTruth) -> np.ndarray:
 
 
 def _confidence(cases: Sequence[PromptedTruth], insides: Sequence[np.ndarray], classes: int) -> np.ndarray:
-    found = np.concatenate([c.labels[c.slices][inside] for c, inside in zip(cases, insides, strict=True)])
+    found = np.concatenate([_needed(c, "labels")[c.slices][inside] for c, inside in zip(cases, insides, strict=True)])
     frequencies = np.bincount(found, minlength=classes + 1)[: classes + 1] / len(found)
     foreground = frequencies[1:]
     if foreground.max() == 0:

@@ -198,23 +198,6 @@ def generalisation_gaps(rows: Iterable[Row], source: str, target: str) -> list[G
     return gaps
 
 
-def representative_cases(rows: Iterable[Row], method: str, domain: str) -> dict[str, tuple[str, float]]:
-    """``{"best", "median", "worst"}`` -> (case id, DSC) of ``method`` on ``domain``; the DSC is the mean over seeds.
-
-    Empty without a case that has a DSC.  With fewer than three cases some of them are the same case.
-    """
-    values: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        if (row.method, row.domain, row.class_name, row.metric) == (method, domain, ALL, DSC):
-            values[row.case_id].append(row.value)
-    means = {case_id: _mean_and_sd(found)[0] for case_id, found in values.items()}
-    ranked = sorted((mean, case_id) for case_id, mean in means.items() if not math.isnan(mean))
-    if not ranked:
-        return {}
-    chosen = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
-    return {rank: (case_id, mean) for rank, (mean, case_id) in chosen.items()}
-
-
 def _seed_means(rows: Iterable[Row]) -> Mapping[int, float]:
     values: dict[int, list[float]] = defaultdict(list)
     for row in rows:

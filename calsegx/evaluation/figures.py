@@ -62,7 +62,7 @@ def reliability(curves: Mapping[str, calibration.CalibrationStatistics], title: 
     Accuracy against confidence per bin; the red bars are the gap to the diagonal, the grey ones the share of voxels.
     Bins with fewer than 10 voxels are left out.
     """
-    figure = _figure(2.6 * len(curves) + 0.4, 3.4)
+    figure = _figure(2.7 * len(curves) + 0.5, 3.85)
     panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     for axes, (domain, statistics) in zip(panels, curves.items(), strict=True):
         bins = len(statistics.count)
@@ -97,7 +97,8 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
     """Logged quantities against the step, one panel per quantity, one line per run.
 
     Args:
-        logs: run name (a method, or method and seed) -> the records of its ``metrics.jsonl``, each with ``step``.
+        logs: run (``sam_ft``, or ``sam_ft seed 42``: one style per method) -> the records of its
+            ``metrics.jsonl``, each with ``step``.
         quantities: key in the records -> axis label with its unit; quantities that no run logged get no panel.
     """
     shown = {k: label for k, label in quantities.items() if any(k in r for run in logs.values() for r in run)}
@@ -105,7 +106,7 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
         raise ValueError(f"No run has logged any of {', '.join(quantities)}.")
     columns = min(len(shown), 2)
     tall = math.ceil(len(shown) / columns)
-    figure = _figure(4.4 * columns, 2.7 * tall + 0.4)
+    figure = _figure(4.4 * columns, 2.9 * tall + 0.4)
     panels = figure.subplots(tall, columns, squeeze=False)
     for axes in panels.flat[len(shown) :]:
         axes.remove()
@@ -113,10 +114,11 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
         values: list[float] = []
         for index, (run, records) in enumerate(logs.items()):
             points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-            style = {"color": _colour(run, index), "linestyle": _LINES.get(methods.base(run), "-")}
+            method = run.split(" ")[0]
+            style = {"color": _colour(method, index), "linestyle": _LINES.get(method, "-")}
             axes.plot(
                 *(zip(*points, strict=True) if points else ((), ())),
-                label=methods.display(run),
+                label=methods.display(method),
                 linewidth=1.4,
                 **style,
             )
@@ -128,7 +130,8 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
         axes.grid(alpha=0.3)
         axes.locator_params(axis="x", nbins=5)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return _png(figure)
 
 
@@ -210,11 +213,6 @@ def dice_against_ece(points: Mapping[str, Mapping[str, tuple[float, float]]], re
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False, labelspacing=0.9)
     return _png(figure)
-
-
-def largest_slice(truth: Bool[np.ndarray, "D H W"]) -> int:
-    """The slice with the most foreground, the lowest on ties: the one to show."""
-    return int(truth.sum(axis=(1, 2)).argmax())
 
 
 def _figure(width: float, height: float) -> Any:

@@ -32,7 +32,7 @@ def predict_slices(
         decode_jit: ``Backbone.decode`` under ``jax.jit``.
         trainable: the decoder's parameters.
         frozen: the parameters that are not trained.
-        features: the frozen encoder's output, one row per slice; anything that slices to an array will do.
+        features: the frozen encoder's output, bfloat16 or float32, one row per slice.
         prompts: as many rows as ``features``.
         batch_size: slices per call, at least 1.
 
@@ -54,18 +54,21 @@ def predict_slices(
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
         batch = Prompts(*(None if value is None else np.asarray(value)[rows] for value in prompts))
-        logits = decode_jit(trainable, frozen, np.asarray(features[start : start + batch_size])[rows - start], batch)
+        # float32, as the decoder was validated in training; the cache keeps bfloat16.
+        z = np.asarray(features[start : start + batch_size])[rows - start].astype(np.float32)
+        logits = decode_jit(trainable, frozen, z, batch)
         outputs.append(np.asarray(logits, dtype=np.float32)[: count - start])
     return np.concatenate(outputs)
 
 
 def _no_logits(decode_jit, trainable, frozen, features, prompts, batch_size) -> np.ndarray:
-    def padded(value: Any) -> Any:
+    def padded(value: Any) -> jax.ShapeDtypeStruct:
         value = np.asarray(value)
         return jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype)
 
     batch = Prompts(*(None if value is None else padded(value) for value in prompts))
-    shape = jax.eval_shape(decode_jit, trainable, frozen, padded(features), batch).shape
+    z = jax.ShapeDtypeStruct((batch_size, *features.shape[1:]), np.float32)
+    shape = jax.eval_shape(decode_jit, trainable, frozen, z, batch).shape
     return np.zeros((0, *shape[1:]), np.float32)
 
 

@@ -1,12 +1,13 @@
 """The report: one HTML file that needs nothing else, made of a ``Record``."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from calsegx import __version__
+from calsegx import __version__, files
 from calsegx.evaluation import compare, evaluate, figures, methods, tables
 from calsegx.evaluation import verdict as findings
 from calsegx.evaluation.verdict import Picture, Record, headline, verdict
@@ -15,10 +16,10 @@ __all__ = ["Picture", "Record", "headline", "verdict", "write_report"]
 
 # Keys of metrics.jsonl, and the axes on which they are drawn.
 QUANTITIES = {
-    "task": "Task loss (dimensionless)",
-    "validation_loss": "Validation task loss (dimensionless)",
-    "penalty": "Fisher penalty (dimensionless)",
-    "cmp": "CMP (smoothed error rate, 0 to 1)",
+    "task": "Task loss (no unit)",
+    "validation_loss": "Validation loss (no unit)",
+    "penalty": "Fisher penalty (no unit)",
+    "cmp": "CMP (error rate, 0 to 1)",
 }
 
 
@@ -49,7 +50,7 @@ def write_report(path: Path, record: Record) -> None:
         "training": _training(record),
         "gallery": [(picture.caption, figures.data_uri(picture.png)) for picture in record.gallery],
     }
-    tables.write_atomically(path, environment.get_template("report.html.j2").render(content))
+    files.write_atomically(path, environment.get_template("report.html.j2").render(content))
 
 
 def _comparison_table(record: Record) -> list[dict[str, Any]]:
@@ -116,16 +117,15 @@ def _reliability(record: Record) -> list[tuple[str, str]]:
 
 def _scatter(record: Record) -> str | None:
     points: dict[str, dict[str, tuple[float, float]]] = {}
-    means = {
+    means: dict[tuple[str, ...], float] = {
         (s.domain, s.method, s.metric, s.region): s.mean
         for s in evaluate.summarise(record.rows)
         if s.class_name == evaluate.ALL
     }
     for domain in findings.domains(record):
         for method in methods.order(row.method for row in record.rows):
-            pair = [means.get((domain, method, *metric)) for metric in (findings.DSC, findings.ECE)]
-            if None not in pair:
-                points.setdefault(findings.where(record, domain), {})[method] = (pair[0], pair[1])
+            dice, ece = (means.get((domain, method, *m), math.nan) for m in (findings.DSC, findings.ECE))
+            points.setdefault(findings.where(record, domain), {})[method] = (dice, ece)
     return figures.data_uri(figures.dice_against_ece(points, findings.MAIN_REGION)) if points else None
 
 

@@ -8,13 +8,12 @@ import dataclasses
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calsegx import files
 from calsegx.evaluation import evaluate, methods
 from calsegx.metrics import regions
 
@@ -179,22 +178,7 @@ def write_cases(path: Path, rows: Sequence[evaluate.Row]) -> None:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow("class" if name == "class_name" else name for name in FIELDS)
     writer.writerows(dataclasses.astuple(row) for row in rows)
-    write_atomically(path, buffer.getvalue())
-
-
-def read_cases(path: Path) -> list[evaluate.Row]:
-    """The inverse of ``write_cases``."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            evaluate.Row(
-                **{n: line[n] for n in ("method", "case_id", "subject_id", "domain", "split", "metric", "region")},
-                class_name=line["class"],
-                seed=int(line["seed"]),
-                value=float(line["value"]),
-                defined=line["defined"] == "True",
-            )
-            for line in csv.DictReader(file)
-        ]
+    files.write_atomically(path, buffer.getvalue())
 
 
 def write_summary(
@@ -204,7 +188,7 @@ def write_summary(
     method: str,
     source: str,
     targets: Sequence[str],
-    files: Mapping[str, tuple[str, str]] | None = None,
+    paths: Mapping[str, tuple[str, str]] | None = None,
 ) -> None:
     """``summary.json``: nnU-Net's keys for one method, and everything else under ``calsegx``.
 
@@ -218,7 +202,7 @@ def write_summary(
         method: the method that nnU-Net's keys describe.
         source: the source domain.
         targets: the target domains.
-        files: case id -> (prediction file, reference file); null where not given.
+        paths: case id -> (prediction file, reference file); null where not given.
     """
     labels = {name: str(index) for index, name in enumerate(class_names, start=1)}
     cases: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
@@ -228,7 +212,7 @@ def write_summary(
             by_label.setdefault(labels[row.class_name], {})[_nnunet_name(row.metric)] = row.value
     per_case = []
     for (case_id, seed), by_label in cases.items():
-        prediction, reference = (files or {}).get(case_id, (None, None))
+        prediction, reference = (paths or {}).get(case_id, (None, None))
         per_case.append(
             {
                 "metrics": by_label,
@@ -250,7 +234,7 @@ def write_summary(
             "gaps": [dataclasses.asdict(gap) for gap in gaps],
         },
     }
-    write_atomically(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+    files.write_atomically(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
 
 
 def _nnunet_name(metric: str) -> str:
@@ -269,17 +253,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(member) for member in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file through a temporary file in the same folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from the user's group
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

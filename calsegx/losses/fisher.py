@@ -31,8 +31,8 @@ LossFunction = Callable[..., PerSample | tuple[Task, PerSample]]  # (params, z, 
 Measurements = dict[str, Float[Array, ""]]
 
 NORMALISATIONS = ("relative", "raw")
-_DIRECTIONS = 4  # of the check; their number only guards against a direction along which nothing happens
-_STEPS = (1e-8, 1e-5, 1e-2)  # of the check, in units of each parameter's root mean square
+_DIRECTIONS = 2  # of the check: one alone might be a direction along which nothing happens
+_STEPS = (1e-8, 1e-2)  # of the check, in units of each parameter's root mean square
 
 
 def penalty(
@@ -130,9 +130,11 @@ def second_derivative_check(
     A ``stop_gradient`` or a ``custom_vjp`` whose backward rule cannot be differentiated (a fused attention
     kernel) can leave the first derivative right and drop terms of the second without a word.  Along random
     directions of the parameters, the derivative of the raw penalty by ``jax.grad`` is compared with a central
-    difference, which needs no second derivative.  Both are computed in float64: where ReLU units switch, the
-    first derivative jumps, so that only steps too small for float32 agree.  Larger steps are tried after
-    that, for decoders that insist on float32.
+    difference, which needs no second derivative.
+
+    It runs in float64: where ReLU units switch the first derivative jumps, so that only a step too small for
+    float32 is free of jumps (measured on SAM's decoder: relative error 2e-8 at the step 1e-8, 0.6 at 1e-2).
+    The large step is for decoders that insist on float32; those must be smooth.
 
     Args:
         loss_fn: as in ``value_and_grad``.
@@ -146,42 +148,50 @@ def second_derivative_check(
         ValueError: when the two differ, or when the penalty is zero or not finite.
     """
 
-    def raw(params: Params, z: Array, args: tuple[Any, ...]) -> Array:
-        return penalty(loss_fn, params, z, *args, normalisation="raw")[0]
-
-    @jax.jit  # args are arguments of the compiled function: frozen weights would make huge constants
-    def probe(params: Params, z: Array, args: tuple[Any, ...], key: Array, step: float) -> tuple[Array, ...]:
+    @jax.jit
+    def evaluate(params: Params, z: Array, args: tuple[Any, ...]) -> tuple[Array, Params]:
+        # args are arguments, not a closure: frozen weights would become huge constants.
         params, z, args = jax.tree.map(_to_float64, (params, z, args))
-        value, gradient = jax.value_and_grad(raw)(params, z, args)
-        direction = _random_direction(key, params)
-        ahead, behind = (
-            raw(jax.tree.map(lambda p, d, s=sign: p + s * step * d, params, direction), z, args) for sign in (1, -1)
-        )
-        slope = sum(map(jnp.vdot, jax.tree.leaves(gradient), jax.tree.leaves(direction)))
-        return value, slope, (ahead - behind) / (2 * step)
+        return jax.value_and_grad(lambda p: penalty(loss_fn, p, z, *args, normalisation="raw")[0])(params)
 
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    directions = [_random_direction(rng, params) for _ in range(_DIRECTIONS)]
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        keys = jax.random.split(jax.random.key(seed), _DIRECTIONS)
+        value, gradient = jax.tree.map(np.asarray, evaluate(params, z, args))
+        if not 0 < value < np.inf:
+            raise ValueError(
+                f"The Fisher penalty is {value}: the loss must be finite and its gradient must reach the "
+                "features; look for a stop_gradient between them."
+            )
+        slopes = [sum(jax.tree.leaves(jax.tree.map(np.vdot, gradient, d))) for d in directions]
         for step in _STEPS:
-            probes = [probe(params, z, args, key, step) for key in keys]
-            values, slopes, differences = np.transpose(np.asarray(probes))
-            if not 0 < values[0] < np.inf:
-                raise ValueError(
-                    f"The Fisher penalty is {values[0]}: the loss must be finite and its gradient must reach "
-                    "the features; look for a stop_gradient between them."
+            differences = []
+            for direction in directions:
+                ahead, behind = (
+                    float(evaluate(jax.tree.map(lambda p, d, s=s: p + s * d, params, direction), z, args)[0])
+                    for s in (step, -step)
                 )
-            if np.linalg.norm(slopes - differences) <= tolerance * np.linalg.norm(differences):
+                differences.append((ahead - behind) / (2 * step))
+            if np.linalg.norm(np.subtract(slopes, differences)) <= tolerance * np.linalg.norm(differences):
                 return
     raise ValueError(
         "The second derivative of the loss is wrong: along random directions the gradient of the Fisher "
-        f"penalty is {slopes}, finite differences say {differences}; look for a stop_gradient or a "
-        "custom_vjp (a fused attention kernel) between the features and the loss."
+        f"penalty is {np.array(slopes)}, finite differences say {np.array(differences)}; look for a "
+        "stop_gradient or a custom_vjp (a fused attention kernel) between the features and the loss."
     )
 
 
 def _to_float64(leaf: Array) -> Array:
     leaf = jnp.asarray(leaf)
     return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def _random_direction(rng: np.random.Generator, params: Params) -> Params:
+    """Normal numbers, scaled to each leaf's root mean square; a leaf of zeros gets that of all leaves."""
+    leaves = jax.tree.leaves(params)
+    overall = np.sqrt(sum(np.sum(leaf**2) for leaf in leaves) / sum(leaf.size for leaf in leaves))
+    return jax.tree.map(lambda p: (np.sqrt(np.mean(p**2)) or overall) * rng.normal(size=p.shape), params)
 
 
 def _pair(value: PerSample | tuple[Task, PerSample]) -> tuple[Task, PerSample]:
@@ -203,14 +213,3 @@ def _squared_norm_per_sample(array: Float[Array, "B ..."]) -> PerSample:
 def _global_norm(tree: Params) -> Float[Array, ""]:
     leaves = map(cross_entropy.at_least_float32, jax.tree.leaves(tree))
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in leaves))
-
-
-def _random_direction(key: Array, params: Params) -> Params:
-    """Normal numbers, scaled to each leaf's root mean square; a leaf of zeros gets that of all leaves."""
-    leaves, structure = jax.tree.flatten(params)
-    overall = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in leaves) / sum(leaf.size for leaf in leaves))
-    directions = []
-    for leaf_key, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True):
-        scale = jnp.sqrt(jnp.mean(jnp.square(leaf)))
-        directions.append(jnp.where(scale > 0, scale, overall) * jax.random.normal(leaf_key, leaf.shape, leaf.dtype))
-    return jax.tree.unflatten(structure, directions)

@@ -14,12 +14,12 @@ import safetensors.numpy
 from jax.sharding import Mesh
 
 import calsegx
-from calsegx import configs, sharding
+from calsegx import configs, files, sharding
 from calsegx import features as feature_cache
 from calsegx.data import pipeline
 from calsegx.interfaces import Backbone, Batch, InputError, Loss, Params
 from calsegx.losses import fisher
-from calsegx.training import caching, checkpoints, files, progress
+from calsegx.training import caching, checkpoints, metrics_log, progress
 from calsegx.training import state as train_state
 from calsegx.training import step as train_step
 
@@ -123,7 +123,7 @@ def train(
             state, before = saved.restore(start, train_state.abstract_state(state), batches, record)
             if before["devices"] != mesh.size:
                 note = f" Saved on {before['devices']} devices: sums round differently on another number."
-        log = files.MetricsLog(workdir / "metrics.jsonl", start)
+        log = metrics_log.MetricsLog(workdir / "metrics.jsonl", start)
 
         # ------------------------------------------------------------------------------------------ loop
         waiting: list[tuple[int, Mapping[str, jax.Array]]] = []
@@ -168,7 +168,7 @@ def save_model(workdir: Path, params: Params, record: Mapping[str, Any]) -> None
     """Write ``<workdir>/model``: ``decoder.safetensors``, ``README.md`` and, last, ``model.json``.
 
     Each file appears whole or not at all; ``model.json`` holds the weights' SHA-256, so that no mixture is
-    ever loaded. Names of weights are the paths in ``params``, joined by dots.
+    ever loaded. Names of weights are the paths in ``params``, joined by slashes.
     """
     folder = Path(workdir) / "model"
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,8 +180,8 @@ def save_model(workdir: Path, params: Params, record: Mapping[str, Any]) -> None
         **record,
     }
     files.write_atomically(folder / "decoder.safetensors", weights)
-    files.write_atomically(folder / "README.md", _model_card(record).encode())
-    files.write_atomically(folder / "model.json", (json.dumps(record, indent=2) + "\n").encode())
+    files.write_atomically(folder / "README.md", _model_card(record))
+    files.write_atomically(folder / "model.json", json.dumps(record, indent=2) + "\n")
 
 
 def load_model(workdir: Path) -> tuple[Params, dict[str, Any]]:
@@ -302,7 +302,7 @@ def _flatten(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
     flat: dict[str, np.ndarray] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= _flatten(value, f"{prefix}{name}/")
         else:
             flat[f"{prefix}{name}"] = np.ascontiguousarray(value)
     return flat
@@ -311,7 +311,7 @@ def _flatten(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
 def _unflatten(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for name, value in flat.items():
-        *path, leaf = name.split(".")
+        *path, leaf = name.split("/")
         level = params
         for part in path:
             level = level.setdefault(part, {})

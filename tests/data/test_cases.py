@@ -49,6 +49,15 @@ def test_assign_by_subject():
         assert {case.scanner for case in assigned.cases if case.split == split} == {"A", "B"}
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_assign_draws_evenly_from_every_domain(seed):
+    entries = [make_case(f"s{i}", scanner="ABCDE"[i % 5]) for i in range(40)]
+    assigned = splits.assign(make_dataset(*entries), val_fraction=0.125, test_fraction=0.25, seed=seed)
+    for split, each in (("train", 5), ("val", 1), ("test", 2)):
+        found = [case.scanner for case in assigned.cases if case.split == split]
+        assert sorted(found) == sorted("ABCDE" * each)
+
+
 def test_assign_is_a_function_of_subjects_and_seed():
     entries = [make_case(f"s{i}") for i in range(12)]
     first = split_of(splits.assign(make_dataset(*entries), 0.2, 0.2))

@@ -170,7 +170,7 @@ def test_write_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"\.nii"):
         nifti.write(tmp_path / "a.mha", volume.voxels, volume, np.float32)
     with pytest.raises(InputError, match="cannot be written"):
-        nifti.write(tmp_path / "missing" / "a.nii.gz", volume.voxels, volume, np.float32)
+        nifti.write(tmp_path / "in.nii.gz" / "a.nii.gz", volume.voxels, volume, np.float32)
     assert [p.name for p in tmp_path.iterdir()] == ["in.nii.gz"]
 
 

@@ -181,9 +181,8 @@ def test_prepare_case(case):
     native = preprocessing.points_from_frame(prepared.prompts.points, prepared.geometry)
     np.testing.assert_allclose(native[0, 0], [19 - 6.5, 23 - 12.5], atol=1e-4)
     assert prepared.prompts.labels.tolist() == [[1, 0]] * 3
-    boxes = prepare(case, "gt_box").prompts
-    assert boxes.points is None
-    corners = preprocessing.points_from_frame(boxes.boxes.reshape(-1, 2, 2), prepared.geometry)
+    # Both kinds of prompts, whatever the protocol: one feature cache serves both.
+    corners = preprocessing.points_from_frame(prepared.prompts.boxes.reshape(-1, 2, 2), prepared.geometry)
     np.testing.assert_allclose(corners[0], [[11, 8], [14, 13]], atol=1e-4)
 
 

@@ -1,9 +1,11 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from calsegx.data import preprocessing, prompts
 from calsegx.evaluation import baselines, predict
-from calsegx.interfaces import Case, Prompts, Volume
+from calsegx.interfaces import Prompts, Volume
 from calsegx.metrics import overlap
 
 SPACING = (3.0, 1.0, 0.5)
@@ -91,6 +93,14 @@ def test_nothing_to_fit_on_is_an_error():
         baselines.fit_ellipse([empty], classes=1)
 
 
+def test_a_guess_needs_its_kind_of_prompt():
+    case = dataclasses.replace(discs(4.0), boxes=None)
+    with pytest.raises(ValueError, match="needs boxes"):
+        baselines.fit_ellipse([case], classes=1)
+    with pytest.raises(ValueError, match="needs labels"):
+        baselines.fit_disc([dataclasses.replace(case, labels=None)], classes=1)
+
+
 def test_prompted_truth_undoes_the_encoder_frame():
     case = discs(5.0)
     geometry = preprocessing.frame_geometry(case.shape[1:], case.spacing_mm[1:], 64, (16, 16))
@@ -99,12 +109,10 @@ def test_prompted_truth_undoes_the_encoder_frame():
     labels[1, 0] = -1
     boxes = preprocessing.points_to_frame(case.boxes.reshape(-1, 2, 2), geometry).reshape(-1, 4)
     prompt = Prompts(preprocessing.points_to_frame(points, geometry), labels, boxes)
-    reference = Volume(np.zeros(case.shape, np.float32), np.eye(4), SPACING, np.zeros((3, 2)), None)
-    images = np.zeros((2, *case.shape[1:], 3), np.float32)
-    info = Case("c", "s", {}, None, "test")
-    prepared = preprocessing.PreparedCase(info, case.slices, images, None, prompt, geometry, reference, case.labels)
-    native = baselines.prompted_truth(prepared)
+    label = Volume(case.labels, np.eye(4), SPACING, np.zeros((3, 2)), None)
+    native = baselines.prompted_truth(prompt, geometry, case.slices, label)
     np.testing.assert_allclose(native.points[0], case.points[0], atol=1e-4)
     assert np.isnan(native.points[1]).all()
     np.testing.assert_allclose(native.boxes, case.boxes, atol=1e-4)
     assert native.shape == case.shape
+    np.testing.assert_array_equal(native.labels, case.labels)

@@ -111,13 +111,6 @@ def test_gap_is_positive_for_degradation_in_either_direction():
     assert evaluate.generalisation_gaps(rows, "A", "C") == []
 
 
-def test_representative_cases():
-    rows = [row(1, c, v) for c, v in (("a", 0.5), ("b", 0.9), ("c", 0.7), ("d", math.nan))]
-    chosen = evaluate.representative_cases(rows, "m", "A")
-    assert {rank: case for rank, (case, _) in chosen.items()} == {"best": "b", "median": "c", "worst": "a"}
-    assert evaluate.representative_cases(rows, "m", "B") == {}
-
-
 def test_comparison_pairs_by_subject_and_reports_the_seeds():
     rows = []
     for seed, effect in ((1, 0.1), (2, 0.2)):

@@ -63,12 +63,6 @@ def test_scatter_leaves_undefined_methods_out():
     assert pixels(figures.dice_against_ece(points, "p>0.01")).size
 
 
-def test_largest_slice():
-    truth = np.zeros((4, 3, 3), bool)
-    truth[1, 0, 0] = truth[2, 0, :2] = truth[3, 1, :2] = True
-    assert figures.largest_slice(truth) == 2
-
-
 def test_matplotlib_is_imported_only_when_something_is_drawn():
     for path in pathlib.Path(figures.__file__).parent.glob("*.py"):
         top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -13,6 +13,14 @@ def decode(trainable, frozen, features, prompts):
     return jnp.repeat(jnp.repeat(logits, 2, axis=1), 2, axis=2)
 
 
+def test_cached_bfloat16_features_are_decoded_in_float32():
+    features = jnp.full((1, 2, 2, 1), 1.25, jnp.bfloat16)
+    prompts = Prompts(points=np.zeros((1, 1, 2), np.float32), labels=np.ones((1, 1), np.int32))
+    weights = {"w": jnp.float32(1.001)}, {"b": jnp.float32(0)}
+    logits = predict.predict_slices(jax.jit(decode), *weights, np.asarray(features), prompts, batch_size=1)
+    np.testing.assert_allclose(logits, 1.25 * 1.001, rtol=1e-6)
+
+
 @pytest.mark.parametrize("count", [1, 4, 7])
 def test_slices_are_decoded_in_one_compiled_shape(count):
     traces = []

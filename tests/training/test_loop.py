@@ -46,14 +46,14 @@ def numbers(workdir):
 
 def interrupt(monkeypatch, step):
     """Every run breaks off when it has logged ``step``, and with it what came after its last checkpoint."""
-    original = loop.files.MetricsLog.write
+    original = loop.metrics_log.MetricsLog.write
 
     def write(log, at, values):
         original(log, at, values)
         if at == step:
             raise Interrupted
 
-    monkeypatch.setattr(loop.files.MetricsLog, "write", write)
+    monkeypatch.setattr(loop.metrics_log.MetricsLog, "write", write)
 
 
 def test_outputs(whole):

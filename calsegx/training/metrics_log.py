@@ -1,10 +1,11 @@
-"""Files of a run folder."""
+"""The log of a run."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+from calsegx import files
 
 
 class MetricsLog:
@@ -27,7 +28,7 @@ class MetricsLog:
                 kept.append(entry)
         before = kept[-1]["seconds"] if kept else 0.0
         self._zero = time.monotonic() - before
-        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+        files.write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def seconds(self) -> float:
         """Training time so far, over all parts of the run."""
@@ -37,14 +38,3 @@ class MetricsLog:
         """Append one line."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, "seconds": round(self.seconds(), 3), **values}) + "\n")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all: temporary file in the same folder, flushed, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
