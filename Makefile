@@ -28,7 +28,7 @@ lint: $(VENV)/.lint
 	$(BIN)/pyright
 
 bench: $(VENV)/.tests-$(TORCH)
-	$(BIN)/python -m benchmarks.main_job
+	$(BIN)/python -m benchmarks.train_step
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

@@ -1,8 +1,7 @@
 """From a configuration to objects: the only place where names (of a dataset, backbone, loss) become things."""
 
 import dataclasses
-import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,20 +88,24 @@ def feature_cache(components: Components, workdir: Path) -> FeatureCache:
 
 
 def fill_cache(components: Components, cache: FeatureCache, splits: Mapping[str, int]) -> None:
-    """Encode what is missing: ``splits`` gives the number of views per split."""
+    """Encode what is missing of whole splits; ``splits`` gives the number of views of each."""
     for split, views in splits.items():
-        cases = [case for case in components.select(split) if case.label is not None]
-        caching.fill_cache(
-            cache,
-            cases,
-            components.prepare,
-            components.backbone,
-            views=views,
-            seed=VIEW_SEED,
-            num_classes=len(components.class_map.names),
-            batch_size=ENCODER_BATCH,
-            mesh=sharding.data_mesh(),
-        )
+        encode(components, cache, components.select(split), views)
+
+
+def encode(components: Components, cache: FeatureCache, cases: Sequence[Case], views: int = 1) -> None:
+    """Encode what the cache lacks of the labelled ``cases``."""
+    caching.fill_cache(
+        cache,
+        [case for case in cases if case.label is not None],
+        components.prepare,
+        components.backbone,
+        views=views,
+        seed=VIEW_SEED,
+        num_classes=len(components.class_map.names),
+        batch_size=ENCODER_BATCH,
+        mesh=sharding.data_mesh(),
+    )
 
 
 def loss_terms(config: configs.TrainConfig, num_classes: int) -> tuple[Loss, Loss, Loss]:
@@ -127,8 +130,8 @@ def metadata(components: Components) -> dict[str, Any]:
 def of_model(record: Mapping[str, Any], root: str) -> Components:
     """The components that a trained model needs, from the record saved beside its weights.
 
-    ``root`` replaces the dataset's folder; empty keeps the one it was trained on.  Channels and classes are the
-    model's own, whatever the new dataset declares.
+    ``root`` is another dataset, all of whose domains are new to the model; empty: the one it was trained on.
+    Channels and classes are the model's own, whatever the other dataset declares.
 
     Raises:
         DataError, UsageError: when the dataset lacks a channel, or the backbone's weights are not the model's.
@@ -138,11 +141,9 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
         f"{name}={'+'.join(map(str, ids))}"
         for name, ids in zip(record["class_names"], record["class_ids"], strict=True)
     )
-    data = dataclasses.replace(
-        config.data, root=root or config.data.root, channels=",".join(record["channels"]), classes=spec
-    )
-    if root and root != config.data.root:
-        data = dataclasses.replace(data, cache="")  # the model's own cache holds other cases
+    data = dataclasses.replace(config.data, channels=",".join(record["channels"]), classes=spec)
+    if root:
+        data = dataclasses.replace(data, root=root, layout="auto", source="", cache="")
     components = build(dataclasses.replace(config, data=data))
     if components.backbone.fingerprint != record["backbone"]:
         weights = config.model.weights or "the tiny SAM of this installation"
@@ -151,9 +152,3 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
             f"{components.backbone.fingerprint[:12]}; restore those weights or train again."
         )
     return components
-
-
-@functools.cache
-def jitted(decode: Any) -> Any:
-    """``jax.jit(decode)``, compiled once for all models that share a backbone."""
-    return jax.jit(decode)

@@ -7,6 +7,7 @@ it came (binary problems), and two guesses made from the prompt alone.  Writes `
 ``summary.json`` (nnU-Net's keys), ``temperatures.json``, ``table.md`` and ``report.html``.
 """
 
+import dataclasses
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -80,33 +81,33 @@ def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
     return Runs(models, first, logs)
 
 
-def evaluate(
-    folders: Sequence[Path], workdir: Path, root: str = "", cache: Path | None = None, protocol: str = ""
-) -> report.Record:
+def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: str = "") -> report.Record:
     """Score every test case and write the evaluation folder.
 
     Args:
         folders: of trained runs.
         workdir: the evaluation folder.
-        root: another dataset than the one trained on; empty: the same.
-        cache: a feature cache to share; None: the training's, or ``<workdir>/features`` for another dataset.
+        root: another dataset, all of whose labelled cases are scored; empty: the test cases of the training's.
         protocol: the prompt protocol to expect; empty: the models' own.
     """
     runs = read_runs(folders, protocol)
-    parts = components.of_model(runs.record, root)
-    config = parts.config
-    test = tuple(case for case in parts.select("test") if case.label is not None)
-    train, val = parts.select("train"), parts.select("val")
+    home = components.of_model(runs.record, "")
+    away = components.of_model(runs.record, root) if root else home
+    config = home.config
+    train, val = home.select("train"), home.select("val")
+    test = tuple(case for case in (away.dataset.cases if root else home.select("test")) if case.label is not None)
     if not test:
-        raise UsageError(f"The test cases of {parts.dataset.root} have no labels, so there is nothing to compare with.")
-    shared = cache or (Path(config.data.cache) if config.data.cache else folders[0] / "features")
-    features = components.feature_cache(parts, workdir if root and cache is None else shared.parent)
-    components.fill_cache(parts, features, {"train": 1, "val": 1, "test": 1})
+        raise UsageError(f"The test cases of {away.dataset.root} have no labels, so there is nothing to compare with.")
 
-    domain_column = config.data.domain if config.data.source else ""
-    work = study.Study(features, parts.backbone, parts.class_map, config.protocol, domain_column)
+    features = components.feature_cache(home, folders[0])
+    components.fill_cache(home, features, {"train": 1, "val": 1})
+    domain_column = config.data.domain if root or config.data.source else ""
+    work = study.Study(features, home.backbone, home.class_map, config.protocol, domain_column)
     temperatures = {(m.method, m.seed): study.fit_temperature(work, m, val) for m in runs.models}
     guesses = study.fit_guesses(work, train)
+    if root:
+        work = dataclasses.replace(work, cache=components.feature_cache(away, workdir))
+    components.encode(away, work.cache, test)
 
     rows: list[case_metrics.Row] = []
     statistics: study.Statistics = {}
@@ -121,26 +122,30 @@ def evaluate(
 
     def read_slice(case: Case, index: int) -> np.ndarray:
         # The last channel: FLAIR in the phantoms, where oedema shows best.
-        return nifti.read(case.images[parts.channels[-1]]).voxels[index]
+        return nifti.read(case.images[away.channels[-1]]).voxels[index]
 
+    source = "" if root else config.data.source
     trained = ", ".join(methods.display(name) for name in methods.order(m.method for m in runs.models))
     record = report.Record(
-        title=f"{trained} on {parts.dataset.root.name}",
+        title=f"{trained} on {away.dataset.root.name}",
         rows=rows,
-        source=config.data.source,
-        targets=sorted({row.domain for row in rows} - {config.data.source}),
+        source=source,
+        targets=sorted({row.domain for row in rows} - {source}),
         domain_kind=domain_column,
-        description=_describe(parts, runs, {"training": train, "validation": val, "test": test}, temperatures, guesses),
+        description=_describe(
+            home, away, runs, {"training": train, "validation": val, "test": test}, temperatures, guesses
+        ),
         statistics=statistics,
         logs=runs.logs,
         gallery=gallery.pictures(snapshots, rows, shown[-1], domain_column, read_slice),
     )
-    _write(workdir, record, parts, shown[-1][0], temperatures)
+    _write(workdir, record, home.class_map.names, shown[-1][0], temperatures)
     return record
 
 
 def _describe(
     parts: components.Components,
+    away: components.Components,
     runs: Runs,
     splits: Mapping[str, Sequence[Case]],
     temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
@@ -167,6 +172,7 @@ def _describe(
     )
     return {
         "Dataset": parts.dataset.root.name,
+        **({"Tested on": away.dataset.root.name} if away is not parts else {}),
         "Cases": "; ".join(counts),
         "Classes (label ids)": classes,
         "Channels": ", ".join(parts.channels),
@@ -186,15 +192,13 @@ def _describe(
 def _write(
     workdir: Path,
     record: report.Record,
-    parts: components.Components,
+    class_names: Sequence[str],
     method: str,
     temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
 ) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     tables.write_cases(workdir / "cases.csv", record.rows)
-    tables.write_summary(
-        workdir / "summary.json", record.rows, parts.class_map.names, method, record.source, record.targets
-    )
+    tables.write_summary(workdir / "summary.json", record.rows, class_names, method, record.source, record.targets)
     blocks = tables.overview(record.rows, record.source, record.targets, record.domain_kind)
     files.write_atomically(workdir / "table.md", tables.markdown(blocks))
     fitted = [{"method": method, "seed": seed, **value} for (method, seed), value in temperatures.items()]
@@ -203,11 +207,10 @@ def _write(
 
 
 def define_flags() -> None:
-    """``--runs``, ``--workdir``, ``--data``, ``--cache``, ``--protocol``."""
+    """``--runs``, ``--workdir``, ``--data``, ``--protocol``."""
     flags.DEFINE_list("runs", None, "Folders of trained runs, separated by commas.", required=True)
     flags.DEFINE_string("workdir", None, "Folder to write the evaluation to.", required=True)
-    flags.DEFINE_string("data", "", "Another dataset folder than the one trained on.")
-    flags.DEFINE_string("cache", "", "Feature cache to use; default: the training's.")
+    flags.DEFINE_string("data", "", "Another dataset folder: score all its labelled cases.")
     flags.DEFINE_string("protocol", "", "The prompt protocol to expect; another one than the models' is refused.")
 
 
@@ -215,8 +218,7 @@ def main() -> None:
     """Evaluate, and say the main result."""
     arguments = flags.FLAGS
     workdir = Path(arguments.workdir)
-    cache = Path(arguments.cache) if arguments.cache else None
-    record = evaluate([Path(run) for run in arguments.runs], workdir, arguments.data, cache, arguments.protocol)
+    record = evaluate([Path(run) for run in arguments.runs], workdir, arguments.data, arguments.protocol)
     print(report.headline(record))
     print(f"The report is {workdir / 'report.html'}")
 

@@ -20,14 +20,14 @@ from launch import common, components
 
 def train(config: configs.TrainConfig, workdir: Path, resume: bool = False) -> dict[str, Any]:
     """One run: fill the cache where needed, train, save the model; returns the run's summary."""
-    with checkpoints.Checkpoints(workdir / "checkpoints") as saved:
-        saved.check_start(resume)  # before hours of encoding, and before config.json is replaced
     parts = components.build(config)
     train_cases, val_cases = parts.select("train"), parts.select("val")
     num_classes = len(parts.class_map.names)
     task_loss, penalised_loss, confidence_loss = components.loss_terms(config, num_classes)
     mesh = sharding.data_mesh()
     sharding.check_batch_size(mesh, config.batch_size)
+    with checkpoints.Checkpoints(workdir / "checkpoints") as saved:
+        saved.check_start(resume)  # before hours of encoding, and before config.json is replaced
 
     cache = components.feature_cache(parts, workdir)
     components.fill_cache(parts, cache, {"train": config.data.views, "val": 1})

@@ -1,0 +1,1 @@
+"""Measurements, never tests: each script prints a table and writes JSON with --json=FILE."""

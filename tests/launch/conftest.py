@@ -1,0 +1,58 @@
+"""A phantom dataset and a very small SAM, made once for all tests of the launch scripts."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from calsegx import configs
+from calsegx.data import phantoms
+from calsegx.models import sam
+from calsegx.models.sam import presets
+
+SMALL = dataclasses.replace(
+    presets.TINY, image_size=64, embed_dim=16, depth=2, num_heads=2, window_size=4, out_chans=16, decoder_mlp_dim=16
+)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Three training, one validation and two test patients of two scanners, at a third of the resolution."""
+    root = tmp_path_factory.mktemp("data") / "Dataset001_Phantom"
+    phantoms.write_dataset(root, train=3, val=1, test=2, scale=0.35, processes=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_sam(tmp_path_factory):
+    """A weights folder with random numbers: the wiring is SAM's, the segmentations mean nothing."""
+    folder = tmp_path_factory.mktemp("weights") / "sam_small"
+    sam.save(folder, SMALL, sam.init(SMALL, jax.random.key(0)), "Random numbers. Not a medical device.")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """One feature cache for all runs on ``dataset``."""
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(scope="session")
+def config(dataset, small_sam, cache):
+    """A run of a few steps."""
+    return configs.TrainConfig(
+        method="sam_ft",
+        steps=4,
+        batch_size=4,
+        log_every=1,
+        validate_every=2,
+        save_every=2,
+        data=configs.DataConfig(
+            root=str(dataset),
+            channels="T1c,T2,FLAIR",
+            classes="whole_tumour=1+2+3",
+            source="A",
+            cache=str(cache / "binary"),
+        ),
+        model=configs.ModelConfig(weights=str(small_sam)),
+    )
