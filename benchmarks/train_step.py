@@ -108,11 +108,12 @@ def main(argv: Any) -> None:
         for batch in map(int, BATCH.value):
             for row in measure(batch, classes, ROUNDS.value):
                 rows.append(row)
-                print(
-                    f"{row['method']:8} {classes:2d} {batch:5d} {1e3 * row['seconds']:8.1f} {row['ratio_to_plain']:6.2f} "
-                    f"{row['flops'] / 1e9:7.2f} {row['flops_ratio']:6.2f} {row['first_step_seconds']:12.1f}",
-                    flush=True,
+                cells = (
+                    f"{row['method']:8} {classes:2d} {batch:5d} {1e3 * row['seconds']:8.1f}",
+                    f"{row['ratio_to_plain']:6.2f} {row['flops'] / 1e9:7.2f} {row['flops_ratio']:6.2f}",
+                    f"{row['first_step_seconds']:12.1f}",
                 )
+                print(*cells, flush=True)
     device = jax.devices()[0]
     machine = {"device": device.device_kind, "devices": jax.device_count(), "cpu": platform.processor()}
     if JSON.value:

@@ -124,6 +124,7 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
         # The last channel: FLAIR in the phantoms, where oedema shows best.
         return nifti.read(case.images[away.channels[-1]]).voxels[index]
 
+    splits = {"training": train, "validation": val, "test": test}
     source = "" if root else config.data.source
     trained = ", ".join(methods.display(name) for name in methods.order(m.method for m in runs.models))
     record = report.Record(
@@ -132,9 +133,7 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
         source=source,
         targets=sorted({row.domain for row in rows} - {source}),
         domain_kind=domain_column,
-        description=_describe(
-            home, away, runs, {"training": train, "validation": val, "test": test}, temperatures, guesses
-        ),
+        description=_describe(home, away, runs, splits, temperatures, guesses),
         statistics=statistics,
         logs=runs.logs,
         gallery=gallery.pictures(snapshots, rows, shown[-1], domain_column, read_slice),

@@ -1,0 +1,40 @@
+"""The README's Python runs, and its commands and paths exist."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_and_is_short(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) == 12
+    exec(compile(code, "README.md", "exec"), {})
+    assert re.fullmatch(r"loss \d\.\d+, Fisher penalty \d+\.\d+, penalty / loss \d\.\d+\n", capsys.readouterr().out)
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("script", sorted(set(re.findall(r"-m launch\.(\w+)", README))))
+def test_every_flag_that_is_shown_exists(script):
+    shown = set(re.findall(rf"-m launch\.{script}(.*)", README.replace("\n--", " --")))
+    wanted = {flag for line in shown for flag in re.findall(r"--([\w.]+)", line)} - {"helpfull"}
+    listed = subprocess.run(
+        [sys.executable, "-m", f"launch.{script}", "--helpfull"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    known = set(re.findall(r"--(?:\[no\])?([\w.]+)", listed))
+    assert wanted <= known, wanted - known
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"setup", "demo", "test", "lint", "bench"} <= targets
+    assert set(re.findall(r"make (\w+)", README)) - {"and"} <= targets
