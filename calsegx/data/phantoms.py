@@ -44,10 +44,10 @@ _TABLES_A = {
     "FLAIR": (0.0, 0.55, 0.05, 0.36, 0.12, 0.54, 0.49, 0.42, 0.70, 0.15, 0.80, 0.70, 0.45, 0.82),
 }
 _TABLES_B = {
-    "T1": (0.0, 0.80, 0.14, 0.55, 0.25, 0.58, 0.60, 0.64, 0.60, 0.40, 0.53, 0.56, 0.40, 0.47),
-    "T1c": (0.0, 0.80, 0.14, 0.55, 0.25, 0.58, 0.60, 0.64, 0.60, 0.78, 0.53, 0.80, 0.40, 0.47),
-    "T2": (0.0, 0.80, 0.10, 0.55, 0.85, 0.66, 0.59, 0.56, 0.66, 0.25, 0.74, 0.68, 0.80, 0.76),
-    "FLAIR": (0.0, 0.75, 0.10, 0.52, 0.28, 0.62, 0.59, 0.56, 0.68, 0.25, 0.74, 0.68, 0.55, 0.75),
+    "T1": (0.0, 0.68, 0.17, 0.49, 0.33, 0.65, 0.63, 0.61, 0.62, 0.47, 0.60, 0.61, 0.50, 0.54),
+    "T1c": (0.0, 0.68, 0.17, 0.49, 0.33, 0.65, 0.63, 0.61, 0.62, 0.66, 0.60, 0.68, 0.50, 0.54),
+    "T2": (0.0, 0.97, 0.14, 0.69, 0.77, 0.73, 0.69, 0.69, 0.71, 0.36, 0.74, 0.73, 0.75, 0.74),
+    "FLAIR": (0.0, 0.92, 0.14, 0.65, 0.41, 0.69, 0.67, 0.68, 0.66, 0.33, 0.69, 0.66, 0.63, 0.69),
 }
 _TEXTURE = {"T1": (0.045, 0.04), "T1c": (0.05, 0.04), "T2": (-0.06, 0.04), "FLAIR": (-0.05, 0.05)}
 
@@ -76,8 +76,8 @@ def vendor(name: str, severity: float = 0.6, *, scale: float = 1.0) -> Vendor:
     """The scanner ``"A"`` (north, 3 T, 4 mm slices) or ``"B"`` (south, 1.5 T, oblique 5 mm slices).
 
     ``severity`` moves every appearance value of B linearly from A's (0) to a strong shift (1): contrast
-    tables, bias 0.12 -> 0.22, gamma 1 -> 1.25, point spread 0.55 -> 0.85 pixel, slice profile 1.4 -> 4 mm,
-    k-space 1 -> 0.62, noise 0.025 -> 0.035.  A ignores it.  ``scale`` is the resolution, as in
+    tables, bias 0.12 -> 0.29, gamma 1 -> 1.33, point spread 0.55 -> 0.97 pixel, slice profile 1.4 -> 4.7 mm,
+    k-space 1 -> 0.47, noise 0.025 -> 0.067.  At 1 oedema is hardly brighter than white matter in FLAIR.  A ignores it.  ``scale`` is the resolution, as in
     ``anatomy.make_anatomy``.
 
     Raises:
@@ -100,12 +100,12 @@ def vendor(name: str, severity: float = 0.6, *, scale: float = 1.0) -> Vendor:
         flipped=name == "A",
         tilt_degrees=(0.0, 0.0) if name == "A" else (4.0, 9.0),
         tables={channel: table.astype(np.float32) for channel, table in blend.items()},
-        bias=0.12 + 0.10 * s,
-        gamma=1.0 + 0.25 * s,
-        psf_pixels=0.55 + 0.30 * s,
-        profile_mm=1.4 + 2.6 * s,
-        kspace=1.0 - 0.38 * s,
-        noise=0.025 + 0.010 * s,
+        bias=0.12 + 0.17 * s,
+        gamma=1.0 + 0.33 * s,
+        psf_pixels=0.55 + 0.42 * s,
+        profile_mm=1.4 + 3.3 * s,
+        kspace=1.0 - 0.53 * s,
+        noise=0.025 + 0.042 * s,
     )
 
 
