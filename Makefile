@@ -25,7 +25,7 @@ test: $(VENV)/.tests-$(TORCH)
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.tests-$(TORCH)
 	$(BIN)/python -m benchmarks.train_step

@@ -170,14 +170,14 @@ class FeatureCache:
             InputError: when the view is missing, or a chunk is damaged or missing.
         """
         opened = self._open(case_id, view)
-        index = index if isinstance(index, int | slice) else np.asarray(index, np.int64)
+        chosen: Any = index if isinstance(index, int | slice) else np.asarray(index, np.int64)
         large = {}
         for name, store in opened.stores.items():
             try:
-                large[name] = store[index].read().result()
+                large[name] = store[chosen].read().result()
             except ValueError as error:
                 raise self._damaged(case_id, view, error) from error
-        small = {name: array[index] for name, array in opened.arrays.items()}
+        small = {name: array[chosen] for name, array in opened.arrays.items()}
         prompts = Prompts(**{field: small.get(name) for field, name in _PROMPT_ARRAYS.items()})
         return CachedSlices(large["features"], large.get("labels"), small["slices"], prompts)
 

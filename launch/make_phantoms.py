@@ -24,7 +24,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("val", 4, "Validation patients (scanner A).", lower_bound=0)
     flags.DEFINE_integer("test", 12, "Test patients (each scanned by A and by B).", lower_bound=0)
     flags.DEFINE_enum("kind", "tumour", anatomy.KINDS, "The lesion.")
-    flags.DEFINE_float("severity", 0.6, "How far scanner B is from A, 0 to 1.", lower_bound=0.0, upper_bound=1.0)
+    flags.DEFINE_float("severity", 0.7, "How far scanner B is from A, 0 to 1.", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_integer("seed", 2024, "Seed of all patients and scans.", lower_bound=0)
     flags.DEFINE_integer("processes", 2, "Worker processes; 1 works without any.", lower_bound=1)
 

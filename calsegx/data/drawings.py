@@ -75,7 +75,7 @@ class _Canvas:
         if kind == 0:
             return None
         if kind <= 2:
-            return self.noise.field(self.rng.integers(0, 2) if kind == 1 else self.rng.integers(2, 5))
+            return self.noise.field(int(self.rng.integers(0, 2) if kind == 1 else self.rng.integers(2, 5)))
         centre = (self.rng.uniform(0, self.size), self.rng.uniform(0, self.size))
         at = shapes.frame(self.size, centre, self.rng.uniform(0, 2 * np.pi), 1.0)
         if kind == 4:
@@ -93,10 +93,10 @@ def draw(rng: np.random.Generator, size: int = 128) -> Drawing:
     if rng.random() < 0.3:
         _paint_head(canvas)
         budget = min(len(canvas.parents) - 1 + rng.integers(0, 4), MAXIMUM_OBJECTS)
-        _paint_objects(canvas, budget, nested=0.85, grey=True)
+        _paint_objects(canvas, int(budget), nested=0.85, grey=True)
     else:
         _paint_background(canvas)
-        _paint_objects(canvas, rng.integers(2, MAXIMUM_OBJECTS + 1), nested=rng.uniform(0.2, 0.7), grey=False)
+        _paint_objects(canvas, int(rng.integers(2, MAXIMUM_OBJECTS + 1)), nested=rng.uniform(0.2, 0.7), grey=False)
     image = _acquire(canvas)
     image[~canvas.framed] = 0
     return Drawing(image, canvas.labels, np.array(canvas.parents), canvas.extent)

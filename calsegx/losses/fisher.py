@@ -13,6 +13,7 @@ The derivative is exact, by reverse mode over reverse mode.  One backward pass o
 ``g_i``, which holds for decoders that do not mix samples (no batch statistics).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -201,8 +202,11 @@ def _pair(value: PerSample | tuple[Task, PerSample]) -> tuple[Task, PerSample]:
 
 def _mean_task(task: Task) -> tuple[Float[Array, ""], Measurements]:
     """The mean task loss, and what is measured of it: the loss and, by name, its terms."""
-    terms = {name: jnp.mean(term) for name, term in task.items()} if isinstance(task, dict) else {}
-    loss = sum(terms.values()) if terms else jnp.mean(task)
+    if not isinstance(task, dict):
+        loss = jnp.mean(task)
+        return loss, {"loss": loss}
+    terms = {name: jnp.mean(term) for name, term in task.items()}
+    loss = functools.reduce(jnp.add, terms.values())
     return loss, {"loss": loss} | terms
 
 

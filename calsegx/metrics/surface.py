@@ -86,9 +86,9 @@ def _directed_distances(a: np.ndarray, b: np.ndarray, spacing: np.ndarray) -> tu
     # A search tree over surface voxels instead of a distance transform of the image: the same distances, and
     # several times faster for real structures because its cost follows the surface, not the volume.
     points_a, points_b = (np.argwhere(surface(mask)) * spacing for mask in (a, b))
-    to_b = spatial.cKDTree(points_b).query(points_a)[0]
-    to_a = spatial.cKDTree(points_a).query(points_b)[0]
-    return to_b, to_a
+    to_b = spatial.KDTree(points_b).query(points_a)[0]
+    to_a = spatial.KDTree(points_a).query(points_b)[0]
+    return np.asarray(to_b), np.asarray(to_a)
 
 
 def _check_options(method: str, empty: str) -> None:

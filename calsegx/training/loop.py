@@ -119,7 +119,7 @@ def train(
         }
         start, note = 0, ""
         if resume:
-            start = saved.latest_step()
+            start = saved.latest_step() or 0  # check_start has made sure that there is one
             state, before = saved.restore(start, train_state.abstract_state(state), batches, record)
             if before["devices"] != mesh.size:
                 note = f" Saved on {before['devices']} devices: sums round differently on another number."

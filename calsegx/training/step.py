@@ -5,6 +5,7 @@ Fisher weight; which terms are on is the method's choice (``configs.METHODS``).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ def make_train_step(
             measurements["cmp"] = measurements["cmp"] / config.cmp.weight
         measurements["learning_rate"] = jnp.asarray(schedule(state.step))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         return train_state.TrainState(state.step + 1, params, opt_state), measurements
 
     whole, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)

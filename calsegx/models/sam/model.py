@@ -4,6 +4,9 @@
 Meta's checkpoint names with flax's words for the leaves (``kernel`` for ``weight``, ``scale`` for norms).
 """
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -37,7 +40,7 @@ def encode(
     config: SamConfig, params: Params, images: Float[Array, "b H W 3"], dtype: jnp.dtype = jnp.float32
 ) -> Float[Array, "b h w c"]:
     """Image embeddings of normalised, padded frames."""
-    return ImageEncoder(config, dtype).apply({"params": params["image_encoder"]}, images.astype(dtype))
+    return _apply(ImageEncoder(config, dtype), params["image_encoder"], images.astype(dtype))
 
 
 def decode(
@@ -62,8 +65,7 @@ def embed_prompts(
     config: SamConfig, prompt_encoder: Params, z: Float[Array, "b h w c"], prompts: Prompts
 ) -> tuple[Array, Array, Array]:
     """Sparse tokens ``[B, T, C]``, dense embedding ``[B, h, w, C]``, position ``[h, w, C]`` for features ``z``."""
-    module = PromptEncoder(config)
-    return module.apply({"params": prompt_encoder}, prompts, z.shape[0], z.shape[1:3])
+    return _apply(PromptEncoder(config), prompt_encoder, prompts, z.shape[0], z.shape[1:3])
 
 
 def decode_tokens(
@@ -75,4 +77,8 @@ def decode_tokens(
     """All masks of a decoder; their number follows from ``mask_decoder["mask_tokens"]``."""
     sparse, dense, position = prompt_embeddings
     module = MaskDecoder(config, mask_decoder["mask_tokens"].shape[0])
-    return module.apply({"params": mask_decoder}, z, position, sparse, dense)
+    return _apply(module, mask_decoder, z, position, sparse, dense)
+
+
+def _apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
+    return module.apply({"params": params}, *inputs)

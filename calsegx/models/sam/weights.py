@@ -88,8 +88,8 @@ def load(folder: Path | str) -> tuple[SamConfig, Params]:
         if not (folder / name).is_file():
             raise DataError(f"{folder} is not a weights folder: {name} is missing; give a folder that holds {FILES}.")
     verify(folder)
-    values = json.loads((folder / "config.json").read_text())
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    read: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
     config = SamConfig(**values)
     flat = safetensors.numpy.load_file(folder / "model.safetensors")
     flat = {name: array.astype(np.float32) for name, array in flat.items()}
