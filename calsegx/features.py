@@ -170,7 +170,7 @@ class FeatureCache:
             InputError: when the view is missing, or a chunk is damaged or missing.
         """
         opened = self._open(case_id, view)
-        chosen: Any = index if isinstance(index, int | slice) else np.asarray(index, np.int64)
+        chosen = index if isinstance(index, int | slice) else np.asarray(index, np.int64)
         large = {}
         for name, store in opened.stores.items():
             try:

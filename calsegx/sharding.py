@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from calsegx.interfaces import UsageError
 
 
+# Ignored: jax.Device comes from an extension module without stubs; pyright takes it for a variable.
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
     """A one-dimensional mesh ``("data",)`` over ``devices``; None: all devices of the process's backend."""
     devices = jax.devices() if devices is None else list(devices)

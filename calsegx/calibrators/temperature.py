@@ -46,10 +46,7 @@ def fit(
     temperature = 1.0
     if identifiable:
         bounds = np.log(LOWEST), np.log(HIGHEST)
-        # scipy is not annotated: pyright infers also the pair that only full_output=True returns.
-        root: float = scipy.optimize.brentq(  # pyright: ignore[reportAssignmentType]
-            lambda t: _slope(margins, np.exp(-t)), *bounds, xtol=1e-12
-        )
+        root = scipy.optimize.brentq(lambda t: _slope(margins, np.exp(-t)), *bounds, xtol=1e-12)
         temperature = float(np.exp(root))
     return {
         "temperature": temperature,

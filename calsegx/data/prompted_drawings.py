@@ -44,7 +44,7 @@ def make_step(
         if augment:
             drawing = _augment(drawing, rng)
         h, w = drawing.extent
-        image = (drawing.image - np.float32(pixel_mean)) / np.float32(pixel_std)
+        image = (drawing.image - np.asarray(pixel_mean, np.float32)) / np.asarray(pixel_std, np.float32)
         image[h:] = image[:, w:] = 0
         images.append(image)
         label = drawing.labels.copy()

@@ -52,23 +52,29 @@ class Checkpoints:
         """The newest step that was saved, or None."""
         return self._manager.latest_step()
 
-    def check_start(self, resume: bool) -> None:
+    def check_start(self, resume: bool) -> int:
         """Check that the folder fits what the user asked for, before any work.
+
+        Returns:
+            The steps done: those of the newest checkpoint, or 0 for a new run.
 
         Raises:
             InputError: ``--resume`` without a checkpoint, or a new run where there is one.
         """
         latest = self.latest_step()
-        if resume and latest is None:
+        if latest is None:
+            if not resume:
+                return 0
             raise InputError(
                 f"--resume found no checkpoint in {self.folder}; name the --workdir of the run to go on "
                 "with, or leave --resume out to start a new run (a run is never started afresh by --resume)."
             )
-        if not resume and latest is not None:
+        if not resume:
             raise InputError(
                 f"{self.folder} already holds a run, saved at step {latest}; go on with it with --resume, or "
                 "name another --workdir."
             )
+        return latest
 
     def save(
         self,

@@ -88,7 +88,7 @@ def train(
     """
     workdir = Path(workdir)
     with checkpoints.Checkpoints(workdir / "checkpoints") as saved:
-        saved.check_start(resume)
+        start = saved.check_start(resume)
 
         # ------------------------------------------------------------------------------------------ data
         sharding.check_batch_size(mesh, config.batch_size)
@@ -117,9 +117,8 @@ def train(
             "training data": _data_fingerprint(cache, train_case_ids, views),
             "devices": mesh.size,
         }
-        start, note = 0, ""
+        note = ""
         if resume:
-            start = saved.latest_step() or 0  # check_start has made sure that there is one
             state, before = saved.restore(start, train_state.abstract_state(state), batches, record)
             if before["devices"] != mesh.size:
                 note = f" Saved on {before['devices']} devices: sums round differently on another number."
