@@ -26,7 +26,7 @@ def make(path, data=None, affine=None, codes=(1, 1), header_edit=None, image_cla
         header = image_class.header_class(content[: image.header.sizeof_hdr], check=False)
         header_edit(header)
         content = header.binaryblock + content[len(header.binaryblock) :]
-    path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.name.endswith(".gz") else content)
     return path
 
 
@@ -203,7 +203,7 @@ def test_broken_gzip_trailer(tmp_path, position):
         ("a.nii.gz", b"", "is empty"),
         ("a.nii.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer"),
         ("a.nii.gz", b"../.git/annex/objects/xx/SHA256E-s1.nii.gz\n", "is a pointer"),
-        ("a.nii", gzip.compress(b"x" * 400), "is gzip-compressed, against its name"),
+        ("a.nii", gzip.compress(b"x" * 400, mtime=0), "is gzip-compressed, against its name"),
         ("a.nii.gz", b"x" * 400, "is not gzip-compressed, against its name"),
         ("a.nii", b"<!DOCTYPE html>" * 40, "is not a NIfTI file"),
         ("a.nii", b"\x5c\x01", "is not a NIfTI file"),
