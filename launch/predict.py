@@ -17,13 +17,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from calsegx.data import classes, nifti, pipeline, preprocessing, prompts
+from calsegx import sharding
+from calsegx.data import classes, nifti, pipeline, prompts
 from calsegx.evaluation import predict as case_prediction
+from calsegx.evaluation import study
 from calsegx.interfaces import Case, DataError, InputError, UsageError
-from calsegx.training import loop, progress
+from calsegx.training import caching, loop, progress
 from launch import common, components
-
-BATCH = 16
 
 
 def predict(
@@ -51,12 +51,13 @@ def predict(
                     f"Case {case.case_id!r} has no reference labels to place prompts on; give clicks with --prompts."
                 )
     output.mkdir(parents=True, exist_ok=True)
-    steps = jax.jit(parts.backbone.encode), jax.jit(parts.backbone.decode)
+    encode = caching.case_encoder(parts.backbone, components.ENCODER_BATCH, sharding.data_mesh())
+    decode = jax.jit(parts.backbone.decode)
     written, failed = [], []
     with progress.Progress("Predicting", len(cases), "cases") as bar:
         for done, case in enumerate(cases, start=1):
             try:
-                probabilities, reference = _probabilities(parts, params, case, clicks, *steps)
+                probabilities, reference = _probabilities(parts, params, case, clicks, encode, decode)
             except InputError as error:
                 failed.append(f"{case.case_id}: {error}")
                 bar.say(f"failed: {failed[-1]}")
@@ -77,24 +78,14 @@ def _probabilities(
     decode: Any,
 ) -> tuple[np.ndarray, Any]:
     """Foreground probabilities ``[D, H, W, K]`` and the grid to write them on."""
-    backbone = parts.backbone
     prepared = parts.prepare(case, clicks=clicks)
     asked = pipeline.protocol_prompts(prepared.prompts, parts.config.protocol)
-    logits = []
-    for start in range(0, len(prepared.slices), BATCH):
-        # The last batch is filled with copies of its last slice: one compiled shape.
-        rows = np.minimum(np.arange(start, start + BATCH), len(prepared.slices) - 1)
-        frames = preprocessing.to_frame(
-            prepared.images[rows], prepared.geometry, backbone.pixel_mean, backbone.pixel_std
-        )
-        z = encode(backbone.frozen, frames)
-        batch = type(asked)(*(None if value is None else value[rows] for value in asked))
-        low_res = case_prediction.predict_slices(decode, params, backbone.frozen, z, batch, BATCH)
-        logits.append(low_res[: len(prepared.slices) - start])
-    native = case_prediction.case_logits(np.concatenate(logits), prepared.geometry)
+    low_res = case_prediction.predict_slices(
+        decode, params, parts.backbone.frozen, encode(prepared), asked, study.DECODER_BATCH
+    )
+    native = case_prediction.probabilities(case_prediction.case_logits(low_res, prepared.geometry))
     depth = prepared.reference.voxels.shape[0]
-    volume = case_prediction.to_volume(case_prediction.probabilities(native), prepared.slices, depth)
-    return volume, prepared.reference
+    return case_prediction.to_volume(native, prepared.slices, depth), prepared.reference
 
 
 def _write(output: Path, case: Case, probabilities: np.ndarray, reference: Any, class_map: classes.ClassMap) -> Path:

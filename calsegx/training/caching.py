@@ -80,10 +80,7 @@ def fill_cache(
     jobs, present = _missing(cache, cases, views, seed)
     if not jobs:
         return CacheCounts(0, present, 0)
-    batch_size = -(-batch_size // mesh.size) * mesh.size
-    frozen = sharding.replicate(mesh, backbone.frozen)
-    encode = jax.jit(lambda frozen, frames: backbone.encode(frozen, frames).astype(jnp.bfloat16))
-
+    encode = case_encoder(backbone, batch_size, mesh)
     slices = 0
     with progress_bar.Progress("Encoding", len(jobs), "views", quiet=not progress) as bar:
         for done, (job, prepared) in enumerate(_prepared_ahead(jobs, prepare)):
@@ -92,7 +89,7 @@ def fill_cache(
             cache.write(
                 job.case.case_id,
                 job.view,
-                features=_encode_case(encode, frozen, prepared, backbone, batch_size, mesh),
+                features=encode(prepared),
                 labels=_low_resolution(prepared, num_classes),
                 slices=prepared.slices,
                 prompts=prepared.prompts,
@@ -129,23 +126,29 @@ def _prepared_ahead(jobs: Iterable[_Job], prepare: Prepare) -> Iterator[tuple[_J
             yield waiting[0], waiting[1].result()
 
 
-def _encode_case(
-    encode: Callable[[object, jax.Array], jax.Array],
-    frozen: object,
-    prepared: "preprocessing.PreparedCase",
-    backbone: Backbone,
-    batch_size: int,
-    mesh: Mesh,
-) -> np.ndarray:
-    """``[n, h, w, C]`` bfloat16, in batches of one shape: the last is filled up with zeros."""
-    encoded = [np.zeros((0, *backbone.feature_shape), features.BFLOAT16)]
-    for start in range(0, len(prepared.slices), batch_size):
-        images = prepared.images[start : start + batch_size]
-        frames = preprocessing.to_frame(images, prepared.geometry, backbone.pixel_mean, backbone.pixel_std)
-        filled = np.zeros((batch_size, *frames.shape[1:]), np.float32)
-        filled[: len(frames)] = frames
-        encoded.append(np.asarray(encode(frozen, sharding.shard_batch(mesh, filled)))[: len(frames)])
-    return np.concatenate(encoded)
+def case_encoder(
+    backbone: Backbone, batch_size: int, mesh: Mesh
+) -> Callable[["preprocessing.PreparedCase"], np.ndarray]:
+    """Compile ``prepared case -> features [n, h, w, C]`` bfloat16, as the cache holds them; prediction uses it too.
+
+    Slices go through the encoder in batches of one shape (``batch_size``, rounded up to a multiple of the devices);
+    the last is filled up with zeros.
+    """
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    frozen = sharding.replicate(mesh, backbone.frozen)
+    compiled = jax.jit(lambda frozen, frames: backbone.encode(frozen, frames).astype(jnp.bfloat16))
+
+    def encode(prepared: "preprocessing.PreparedCase") -> np.ndarray:
+        encoded = [np.zeros((0, *backbone.feature_shape), features.BFLOAT16)]
+        for start in range(0, len(prepared.slices), batch_size):
+            images = prepared.images[start : start + batch_size]
+            frames = preprocessing.to_frame(images, prepared.geometry, backbone.pixel_mean, backbone.pixel_std)
+            filled = np.zeros((batch_size, *frames.shape[1:]), np.float32)
+            filled[: len(frames)] = frames
+            encoded.append(np.asarray(compiled(frozen, sharding.shard_batch(mesh, filled)))[: len(frames)])
+        return np.concatenate(encoded)
+
+    return encode
 
 
 def _low_resolution(prepared: "preprocessing.PreparedCase", num_classes: int) -> np.ndarray | None:
