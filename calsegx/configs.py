@@ -9,6 +9,7 @@ A method is a choice of terms; the weights of the terms stand in their own group
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,11 +114,17 @@ def validate(config: TrainConfig) -> None:
     _one_of("fisher.normalisation", config.fisher.normalisation, ("relative", "raw"))
     for name in ("steps", "batch_size", "log_every", "validate_every", "save_every", "data.views"):
         _at_least(config, name, 1)
-    for name in ("fisher.weight", "cmp.weight", "optimizer.clip_norm", "fisher.warmup_fraction"):
+    for name in ("seed", "fisher.weight", "cmp.weight", "optimizer.clip_norm", "data.rotation_degrees"):
         _at_least(config, name, 0)
     for name in ("optimizer.learning_rate", "cmp.temperature"):
-        if not _value(config, name) > 0:
-            raise UsageError(f"--config.{name}={_value(config, name)} must be greater than 0.")
+        if not 0 < _value(config, name) < math.inf:
+            raise UsageError(f"--config.{name}={_value(config, name)} must be a number greater than 0.")
+    below_one = ("optimizer.b1", "optimizer.b2", "data.intensity_fraction", "data.val_fraction", "data.test_fraction")
+    for name in below_one:
+        if not 0 <= _value(config, name) < 1:
+            raise UsageError(f"--config.{name}={_value(config, name)} must be at least 0 and below 1.")
+    if not 0 <= config.fisher.warmup_fraction <= 1:
+        raise UsageError(f"--config.fisher.warmup_fraction={config.fisher.warmup_fraction} must be from 0 to 1.")
     low, high = config.data.lower_percentile, config.data.upper_percentile
     if not 0 <= low < high <= 100:
         raise UsageError(
@@ -193,5 +200,5 @@ def _one_of(name: str, value: str, allowed: Any) -> None:
 
 
 def _at_least(config: TrainConfig, name: str, lowest: float) -> None:
-    if not _value(config, name) >= lowest:
-        raise UsageError(f"--config.{name}={_value(config, name)} must be at least {lowest}.")
+    if not lowest <= _value(config, name) < math.inf:
+        raise UsageError(f"--config.{name}={_value(config, name)} must be a number of at least {lowest}.")

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from calsegx.interfaces import UsageError
 
@@ -80,9 +80,12 @@ class Registry(Generic[T]):
     def _load(self, name: str) -> T:
         module_name, _, attribute = name.partition(":")
         try:
-            component = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
+            component: Any = getattr(importlib.import_module(module_name), attribute)
+        except Exception as error:  # whatever the user's module raises while it is imported
             raise UsageError(
-                f"The {self.kind} {name!r} cannot be loaded ({error}); give package.module:object on PYTHONPATH."
+                f"The {self.kind} {name!r} cannot be loaded ({type(error).__name__}: {error}); give "
+                "package.module:object on PYTHONPATH."
             ) from error
-        return component
+        if not callable(component):
+            raise UsageError(f"The {self.kind} {name!r} is a {type(component).__name__}; expected a function.")
+        return cast(T, component)

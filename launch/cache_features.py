@@ -29,7 +29,7 @@ def cache_features(config: configs.TrainConfig, workdir: Path) -> Path:
 def define_flags() -> None:
     """``--config.*`` and ``--workdir``."""
     common.define_config()
-    flags.DEFINE_string("workdir", None, "Run folder; the cache is <workdir>/features.", required=True)
+    common.define_folder("workdir", "Run folder; the cache is <workdir>/features.")
 
 
 def main() -> None:

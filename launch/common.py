@@ -26,6 +26,10 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
             main()
         except InputError as error:
             return _complain(error)
+        except OSError as error:  # a full disk, a file where a folder is expected, no permission
+            return _complain(
+                InputError(f"{error.filename or 'a file'}: {error.strerror or error}; check the path and the space.")
+            )
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -46,7 +50,7 @@ def define_config() -> None:
     Raises:
         UsageError: when the command line sets a field that does not exist, naming the nearest.
     """
-    known = _field_names(configs.TrainConfig())
+    known = field_names(configs.TrainConfig())
     for argument in sys.argv[1:]:
         name = argument.lstrip("-").partition("=")[0].removeprefix("no")
         if argument.startswith("-") and name.startswith("config.") and name not in known:
@@ -57,10 +61,17 @@ def define_config() -> None:
     config_flags.DEFINE_config_dataclass("config", configs.TrainConfig())
 
 
-def _field_names(config: object, prefix: str = "config") -> list[str]:
+def define_folder(name: str, description: str) -> None:
+    """A required flag that names a folder to write to."""
+    flags.DEFINE_string(name, None, description, required=True)
+    flags.register_validator(name, lambda value: value is None or bool(value), "must name a folder")
+
+
+def field_names(config: object, prefix: str = "config") -> list[str]:
+    """The flags of a configuration, without the dashes."""
     names = []
     for name, value in vars(config).items():
-        nested = _field_names(value, f"{prefix}.{name}") if hasattr(value, "__dict__") else [f"{prefix}.{name}"]
+        nested = field_names(value, f"{prefix}.{name}") if hasattr(value, "__dict__") else [f"{prefix}.{name}"]
         names.extend(nested)
     return names
 

@@ -13,7 +13,7 @@ from calsegx import configs, losses, models, sharding
 from calsegx.data import cases as case_tools
 from calsegx.data import classes, preprocessing, prompts
 from calsegx.features import FeatureCache
-from calsegx.interfaces import Backbone, Case, Dataset, Loss, UsageError
+from calsegx.interfaces import Backbone, Case, DataError, Dataset, Loss, UsageError
 from calsegx.training import caching
 
 VIEW_SEED = 2024  # of the augmented views: the same for all training seeds, so that they share one cache
@@ -55,28 +55,34 @@ class Components:
         return case_tools.select(self.dataset, self.config.data, split)
 
 
-def build(config: configs.TrainConfig) -> Components:
+def build(config: configs.TrainConfig, class_map: classes.ClassMap | None = None) -> Components:
     """Load the dataset's index and the backbone.
+
+    ``class_map`` is a trained model's; without it the classes are those that the configuration asks for.
 
     Raises:
         InputError: for any value of the configuration that does not fit, before any work is done.
     """
     configs.validate(config)
-    losses.get(config.loss)
+    task_loss = losses.get(config.loss)
     load_backbone = models.registry.get(config.model.backbone)
     dataset = case_tools.load(config.data)
-    class_map = classes.parse(config.data.classes, dataset.labels)
+    class_map = class_map or classes.parse(config.data.classes, dataset.labels)
     channels = case_tools.channels(config.data, dataset)
     weights = Path(config.model.weights) if config.model.weights else None
     if weights is not None and not weights.is_dir():
         raise UsageError(f"--config.model.weights={weights} is not a folder; give one that holds model.safetensors.")
-    return Components(config, dataset, class_map, channels, load_backbone(weights, len(class_map.names)))
+    num_classes = len(class_map.names)
+    logits = jax.ShapeDtypeStruct((1, 2, 2, 1 if num_classes == 1 else num_classes + 1), np.float32)
+    jax.eval_shape(task_loss, logits, jax.ShapeDtypeStruct((1, 2, 2), np.int32))  # e.g. bce of several classes
+    return Components(config, dataset, class_map, channels, load_backbone(weights, num_classes))
 
 
 def feature_cache(components: Components, workdir: Path) -> FeatureCache:
     """The run's feature cache, opened only if it was made with the same weights and preprocessing."""
     data = components.config.data
     signature = {
+        "preprocessing": preprocessing.VERSION,
         "backbone": components.backbone.fingerprint,
         "image_size": components.backbone.image_size,
         "channels": components.channels,
@@ -115,15 +121,22 @@ def loss_terms(config: configs.TrainConfig, num_classes: int) -> tuple[Loss, Los
     return losses.get(config.loss), penalised, confidence
 
 
-def metadata(components: Components) -> dict[str, Any]:
-    """What a trained model must know about its input, beside its configuration."""
+def metadata(components: Components, seen: Mapping[str, Sequence[Case]]) -> dict[str, Any]:
+    """What a trained model must know about its input, beside its configuration; ``seen``: its cases by split."""
     return {
+        "seen": {
+            split: [
+                {"case_id": c.case_id, "subject_id": c.subject_id, "fingerprint": case_tools.fingerprint(c)}
+                for c in cases
+            ]
+            for split, cases in seen.items()
+        },
         "class_names": list(components.class_map.names),
         "class_ids": [list(ids) for ids in components.class_map.ids],
         "known_ids": sorted(components.class_map.known),
         "channels": list(components.channels),
         "dataset": components.dataset.root.name,
-        "devices_kind": jax.devices()[0].device_kind,
+        "device_kind": jax.devices()[0].device_kind,
     }
 
 
@@ -136,15 +149,16 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
     Raises:
         DataError, UsageError: when the dataset lacks a channel, or the backbone's weights are not the model's.
     """
+    missing = {"config", "backbone", "class_names", "class_ids", "known_ids", "channels", "seen"} - record.keys()
+    if missing:
+        raise DataError(f"model.json lacks {', '.join(sorted(missing))}; train the model again with this version.")
     config = configs.from_dict(configs.TrainConfig, record["config"], "model.json")
-    spec = ",".join(
-        f"{name}={'+'.join(map(str, ids))}"
-        for name, ids in zip(record["class_names"], record["class_ids"], strict=True)
-    )
-    data = dataclasses.replace(config.data, channels=",".join(record["channels"]), classes=spec)
+    data = dataclasses.replace(config.data, channels=",".join(record["channels"]))
     if root:
         data = dataclasses.replace(data, root=root, layout="auto", source="", cache="")
-    components = build(dataclasses.replace(config, data=data))
+    ids = tuple(tuple(values) for values in record["class_ids"])
+    class_map = classes.ClassMap(tuple(record["class_names"]), ids, frozenset(record["known_ids"]))
+    components = build(dataclasses.replace(config, data=data), class_map)
     if components.backbone.fingerprint != record["backbone"]:
         weights = config.model.weights or "the tiny SAM of this installation"
         raise UsageError(

@@ -20,14 +20,20 @@ import numpy as np
 from absl import flags
 
 import calsegx
-from calsegx import files
+from calsegx import configs, files
 from calsegx.data import cases as case_tools
 from calsegx.data import nifti
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import gallery, methods, report, study, tables
-from calsegx.interfaces import Case, UsageError
-from calsegx.training import loop, progress
+from calsegx.interfaces import Case, DataError, UsageError
+from calsegx.training import loop, metrics_log, progress
 from launch import common, components
+
+# Settings in which compared runs may differ: what they are compared for, and what changes no number.
+MAY_DIFFER = (
+    *("method", "seed", "fisher.", "cmp.", "log_every", "save_every", "validate_every"),
+    *("data.root", "data.cache", "model.weights"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,15 +43,17 @@ class Runs:
     models: Sequence[study.Model]
     record: Mapping[str, Any]  # of the first
     logs: Mapping[str, Sequence[Mapping[str, Any]]]
+    weights: Mapping[str, Sequence[float]]  # of the penalties, where a method has them
 
 
 def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
     """Load the models, and refuse to compare what was not trained alike.
 
     Raises:
-        UsageError: when the runs differ in data, backbone, classes or prompt protocol, or ``protocol`` is another one
-            than theirs: scores under different prompts must not silently stand in one table.
+        UsageError: when the runs differ in cases, backbone, classes, prompt protocol or any setting of training
+            beside those of ``MAY_DIFFER``, or ``protocol`` is another one than theirs.
     """
+    folders = [folder for folder in folders if str(folder) != "."]  # what an empty item of the list becomes
     if not folders:
         raise UsageError("--runs is empty; give the folders of trained runs, separated by commas.")
     loaded = [loop.load_model(folder) for folder in folders]
@@ -57,28 +65,53 @@ def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
                 f"{folder} was trained with the prompt protocol {trained!r}, not with --protocol={protocol!r}; "
                 f"evaluate it with {trained!r} or train a run with {protocol!r}."
             )
-        for what, mine, reference in (
-            ("prompt protocol", trained, first["config"]["protocol"]),
-            ("backbone", record["backbone"], first["backbone"]),
-            ("classes", record["class_ids"], first["class_ids"]),
-            ("channels", record["channels"], first["channels"]),
-            ("source domain", record["config"]["data"]["source"], first["config"]["data"]["source"]),
-        ):
-            if mine != reference:
-                raise UsageError(
-                    f"{folder} and {folders[0]} differ in their {what} ({mine} and {reference}); "
-                    "evaluate them separately."
-                )
-    models = [study.Model(r["config"]["method"], r["config"]["seed"], params) for params, r in loaded]
+        _check_alike(folder, record, folders[0], first)
+    models = [study.Model(r["config"]["method"], r["config"]["seed"], jax.device_put(params)) for params, r in loaded]
     for folder, model in zip(folders, models, strict=True):
         if sum((m.method, m.seed) == (model.method, model.seed) for m in models) > 1:
             raise UsageError(f"{folder} repeats {model.method} with seed {model.seed}; give every run once.")
     several = len({m.seed for m in models}) > 1
     logs = {}
     for folder, m in zip(folders, models, strict=True):
-        lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
-        logs[m.method + (f" seed {m.seed}" if several else "")] = [json.loads(line) for line in lines]
-    return Runs(models, first, logs)
+        logs[m.method + (f" seed {m.seed}" if several else "")] = metrics_log.read(folder / "metrics.jsonl")
+    weights = {
+        name: sorted({r["config"][name]["weight"] for _, r in loaded if configs.METHODS[r["config"]["method"]][index]})
+        for index, name in enumerate(("fisher", "cmp"))
+    }
+    return Runs(models, first, logs, weights)
+
+
+def _check_alike(folder: Path, record: Mapping[str, Any], reference_folder: Path, reference: Mapping[str, Any]) -> None:
+    changed = configs.differences(reference["config"], record["config"])
+    changed |= {
+        key: (reference[key], record[key])
+        for key in ("backbone", "class_ids", "channels", "seen")
+        if reference[key] != record[key]
+    }
+    for name, (theirs, mine) in changed.items():
+        if not name.startswith(MAY_DIFFER):
+            values = "" if name == "seen" else f" ({mine!r} and {theirs!r})"
+            what = "training or validation cases" if name == "seen" else name
+            raise UsageError(f"{folder} and {reference_folder} differ in {what}{values}; evaluate them separately.")
+
+
+def check_unseen(record: Mapping[str, Any], test: Sequence[Case], same_dataset: bool) -> None:
+    """No test case, and within a dataset no test subject, may have been trained, validated or calibrated on.
+
+    Raises:
+        DataError: naming the first that was.
+    """
+    seen = [entry for entries in record["seen"].values() for entry in entries]
+    files_seen = {entry["fingerprint"]: entry["case_id"] for entry in seen}
+    subjects = {entry["subject_id"] for entry in seen} if same_dataset else set()
+    for case in test:
+        known = files_seen.get(case_tools.fingerprint(case))
+        if known or case.subject_id in subjects:
+            what = f"holds the same files as case {known!r}" if known else f"is of subject {case.subject_id!r}"
+            raise DataError(
+                f"Test case {case.case_id!r} {what}, which the model was trained or validated on; evaluate on cases it "
+                "has not seen, with the splits it was trained with."
+            )
 
 
 def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: str = "") -> report.Record:
@@ -99,6 +132,7 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
     if not test:
         raise UsageError(f"The test cases of {away.dataset.root} have no labels, so there is nothing to compare with.")
 
+    check_unseen(runs.record, test, same_dataset=not root)
     features = components.feature_cache(home, folders[0])
     components.fill_cache(home, features, {"train": 1, "val": 1})
     domain_column = config.data.domain if root or config.data.source else ""
@@ -115,9 +149,11 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
     with progress.Progress("Evaluating", len(test), "cases") as bar:
         for done, case in enumerate(test, start=1):
             subject = study.load(work, case)
-            found = list(study.predictions(work, subject, runs.models, temperatures, guesses))
-            rows += study.score(work, subject, found, statistics)
-            snapshots.append(gallery.snapshot(subject, work.domain(case), found, shown))
+            picture = gallery.snapshot(subject, work.domain(case))
+            for found in study.predictions(work, subject, runs.models, temperatures, guesses):
+                rows += study.score(work, subject, *found, statistics)
+                gallery.add(picture, *found, shown)
+            snapshots.append(picture)
             bar.update(done, case.case_id)
 
     def read_slice(case: Case, index: int) -> np.ndarray:
@@ -176,16 +212,21 @@ def _describe(
         "Classes (label ids)": classes,
         "Channels": ", ".join(parts.channels),
         "Prompt protocol": f"{config.protocol}: placed on the ground truth, one per slice with foreground",
-        "Seeds": ", ".join(str(seed) for seed in sorted({m.seed for m in runs.models})),
+        "Seeds": ", ".join(str(seed) for seed in sorted({m.seed for m in runs.models}))
+        + " (order of the slices and choice of their views; every run starts from the same pretrained decoder)",
         "Training": f"{config.steps} steps of {config.batch_size} slices, {data.views} cached views a slice, Adam "
-        f"{config.optimizer.learning_rate:g} with cosine decay",
-        "Loss": f"{config.loss}; FIP weight {config.fisher.weight:g} ({config.fisher.normalisation}), CMP weight "
-        f"{config.cmp.weight:g}",
+        f"{config.optimizer.learning_rate:g} with cosine decay, clip norm {config.optimizer.clip_norm:g}",
+        "Loss": f"{config.loss}; FIP weight {_listed(runs.weights['fisher'])} ({config.fisher.normalisation}, linear "
+        f"warm-up over {config.fisher.warmup_fraction:.0%} of the steps), CMP weight {_listed(runs.weights['cmp'])}",
         "Temperatures (validation, NLL)": fitted,
         "Prompt-only disc": f"radius {guesses['prompt_only_disc'].radius_mm:.1f} mm, the best on the training labels",
         "Versions": f"calsegx {calsegx.__version__}, jax {jax.__version__}, Python {platform.python_version()}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind}",
     }
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values) or "not used"
 
 
 def _write(
@@ -208,7 +249,7 @@ def _write(
 def define_flags() -> None:
     """``--runs``, ``--workdir``, ``--data``, ``--protocol``."""
     flags.DEFINE_list("runs", None, "Folders of trained runs, separated by commas.", required=True)
-    flags.DEFINE_string("workdir", None, "Folder to write the evaluation to.", required=True)
+    common.define_folder("workdir", "Folder to write the evaluation to.")
     flags.DEFINE_string("data", "", "Another dataset folder: score all its labelled cases.")
     flags.DEFINE_string("protocol", "", "The prompt protocol to expect; another one than the models' is refused.")
 

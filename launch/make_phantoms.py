@@ -7,19 +7,20 @@ The default (16 training, 4 validation and 12 test patients, 44 scans) takes abo
 were seen by A and by B, so the difference between the two is the scanner's alone.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from rich import console, progress
 
 from calsegx.data import anatomy, phantoms
+from calsegx.training import progress
 from launch import common
 
 
 def define_flags() -> None:
     """The dataset's place, size, lesion and shift."""
-    flags.DEFINE_string("root", None, "The dataset folder to write; must be new or empty.", required=True)
+    common.define_folder("root", "The dataset folder to write; must be new or empty.")
     flags.DEFINE_integer("train", 16, "Training patients (scanner A).", lower_bound=1)
     flags.DEFINE_integer("val", 4, "Validation patients (scanner A).", lower_bound=0)
     flags.DEFINE_integer("test", 12, "Test patients (each scanned by A and by B).", lower_bound=0)
@@ -30,15 +31,16 @@ def define_flags() -> None:
 
 
 def make_phantoms(root: Path, **options: Any) -> None:
-    """``phantoms.write_dataset`` with a progress bar."""
-    columns = (*progress.Progress.get_default_columns(), progress.MofNCompleteColumn())
-    with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
-        task = bar.add_task("Phantoms: patients", visible=False)  # nothing to show when the folder is refused
-        phantoms.write_dataset(
-            root,
-            **options,
-            progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
-        )
+    """``phantoms.write_dataset`` with progress."""
+    with contextlib.ExitStack() as stack:
+        bars: list[progress.Progress] = []
+
+        def show(done: int, total: int) -> None:
+            if not bars:  # nothing to show when the folder is refused
+                bars.append(stack.enter_context(progress.Progress("Phantoms", total, "patients")))
+            bars[0].update(done)
+
+        phantoms.write_dataset(root, **options, progress=show)
 
 
 def main() -> None:

@@ -4,10 +4,11 @@ python -m launch.predict --run=runs/x/calsam_seed42 --output=predictions --data=
 
 ``--prompts`` is a table ``case_id i j k label`` of voxels in the image files' own indices, counted from 0; label 1 is a
 foreground point, 0 a background point, 2 and 3 are two opposite corners of a box.  Without it the prompts are placed on
-the reference labels by the model's protocol, which is for benchmarks only.  Writes ``CASE.nii.gz`` (label ids of the
-training data, uint8) and ``CASE_prob-CLASS.nii.gz`` (float32).
+the reference labels by the model's protocol, which is for benchmarks only.  Writes ``CASE.nii.gz`` (uint8; a class
+made of several label ids gets its first), ``labels.json`` (what the ids mean) and ``CASE_prob-CLASS.nii.gz`` (float32).
 """
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from calsegx import sharding
+from calsegx import files, sharding
 from calsegx.data import classes, nifti, pipeline, prompts
 from calsegx.evaluation import predict as case_prediction
 from calsegx.evaluation import study
@@ -27,9 +28,9 @@ from launch import common, components
 
 
 def predict(
-    run: Path, output: Path, root: str = "", clicks_file: Path | None = None, split: str = "test", limit: int = 0
+    run: Path, output: Path, root: str = "", clicks_file: Path | None = None, split: str = "", limit: int = 0
 ) -> list[Path]:
-    """Segment the cases of a split (or, with ``split="all"``, of the whole dataset); returns the mask files.
+    """Segment the cases of a split, or ``all``; returns the mask files.  Default: all of another dataset, or test.
 
     A case that fails does not stop the others; the failures are listed at the end.
 
@@ -38,7 +39,10 @@ def predict(
     """
     params, record = loop.load_model(run)
     parts = components.of_model(record, root)
+    split = split or ("all" if root else "test")
     cases = parts.dataset.cases if split == "all" else parts.select(split)
+    if output.resolve().is_relative_to(parts.dataset.root.resolve()):
+        raise UsageError(f"--output={output} lies inside the dataset, which is never written to; name another folder.")
     if limit:
         cases = cases[:limit]
     clicks = prompts.read_clicks(clicks_file) if clicks_file else None
@@ -53,6 +57,8 @@ def predict(
     output.mkdir(parents=True, exist_ok=True)
     encode = caching.case_encoder(parts.backbone, components.ENCODER_BATCH, sharding.data_mesh())
     decode = jax.jit(parts.backbone.decode)
+    ids = {name: values[0] for name, values in zip(parts.class_map.names, parts.class_map.ids, strict=True)}
+    files.write_atomically(output / "labels.json", json.dumps({"background": 0, **ids}, indent=2) + "\n")
     written, failed = [], []
     with progress.Progress("Predicting", len(cases), "cases") as bar:
         for done, case in enumerate(cases, start=1):
@@ -101,10 +107,10 @@ def _write(output: Path, case: Case, probabilities: np.ndarray, reference: Any, 
 def define_flags() -> None:
     """``--run``, ``--output``, ``--data``, ``--prompts``, ``--split``."""
     flags.DEFINE_string("run", None, "Folder of a trained run.", required=True)
-    flags.DEFINE_string("output", None, "Folder to write masks and probabilities to.", required=True)
+    common.define_folder("output", "Folder to write masks and probabilities to.")
     flags.DEFINE_string("data", "", "Another dataset folder than the one trained on.")
     flags.DEFINE_string("prompts", "", "Table of clicks; without it prompts are placed on the reference labels.")
-    flags.DEFINE_enum("split", "test", ["train", "val", "test", "all"], "Which cases.")
+    flags.DEFINE_enum("split", "", ["", "train", "val", "test", "all"], "Which cases; default: all of --data, or test.")
 
 
 def main() -> None:

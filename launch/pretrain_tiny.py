@@ -31,6 +31,7 @@ import optax
 import safetensors.numpy
 from absl import flags
 
+from calsegx import files
 from calsegx.data import drawings, prompted_drawings
 from calsegx.data.prompted_drawings import Step
 from calsegx.interfaces import DataError, Prompts, UsageError
@@ -141,22 +142,25 @@ def make_optimizer(steps: int, learning_rate: float) -> optax.GradientTransforma
     return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(groups, labels))
 
 
-def save_state(path: Path, state: Any, step: int) -> None:
-    """Write all leaves of ``state`` (and the step) atomically."""
+def save_state(path: Path, state: Any, step: int, settings: str) -> None:
+    """Write all leaves of ``state`` atomically, with the step and the run's settings."""
     leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    temporary = path.with_suffix(".tmp")
-    safetensors.numpy.save_file({**leaves, "step": np.asarray(step)}, temporary)
-    os.replace(temporary, path)
+    meta = {"step": np.asarray(step), "settings": np.frombuffer(settings.encode(), np.uint8)}
+    files.write_atomically(path, safetensors.numpy.save({**leaves, **meta}))
 
 
-def load_state(path: Path, template: Any) -> tuple[Any, int]:
-    """The inverse of ``save_state``, for a state of the same structure."""
-    saved = safetensors.numpy.load_file(path)
-    step = int(saved.pop("step"))
-    leaves, structure = jax.tree.flatten(template)
-    if [saved[key].shape for key in sorted(saved, key=int)] != [np.shape(leaf) for leaf in leaves]:
-        raise DataError(f"{path} was written by another version of this script: delete it to start afresh.")
-    return jax.tree.unflatten(structure, [jnp.asarray(saved[str(i)]) for i in range(len(saved))]), step
+def load_state(path: Path, template: Any, settings: str) -> tuple[Any, int]:
+    """The inverse of ``save_state``.
+
+    Raises:
+        DataError: when it was written by a run with other settings.
+    """
+    saved = safetensors.numpy.load(path.read_bytes())
+    step, theirs = int(saved.pop("step")), saved.pop("settings").tobytes().decode()
+    if theirs != settings:
+        raise DataError(f"{path} is of a run with {theirs}, not {settings}: use those flags or delete it.")
+    leaves = [jnp.asarray(saved[key]) for key in sorted(saved, key=int)]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves), step
 
 
 def batches(pool: Any, first: int, steps: int, seed: int, images: int, prompts: int) -> Iterator[Step]:
@@ -239,6 +243,7 @@ def pretrain(
         raise UsageError(f"--output={output} exists already: choose another folder or delete it.")
     output.parent.mkdir(parents=True, exist_ok=True)
     state_file = output.with_suffix(".state.safetensors")
+    settings = f"steps={steps} pool={pool} images={images} prompts={prompts} seed={seed} learning_rate={learning_rate}"
     start, size = time.time(), presets.TINY.image_size
     drawn = drawings.make_pool(pool, size, seed, processes)
     test = held_out(drawings.make_pool(held_out_images, size, seed + 1, processes), prompts)
@@ -250,7 +255,7 @@ def pretrain(
     optimizer = make_optimizer(steps, learning_rate)
     opt_state, first = optimizer.init(params), 0
     if state_file.exists():
-        (params, opt_state), first = load_state(state_file, (params, opt_state))
+        (params, opt_state), first = load_state(state_file, (params, opt_state), settings)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params: Any, opt_state: Any, step: Step, i: jax.Array) -> tuple[Any, Any, dict[str, jax.Array]]:
@@ -267,7 +272,7 @@ def pretrain(
             if i % 50 == 0 or i == steps:
                 bar.update(i, ", ".join(f"{name} {float(value):.2f}" for name, value in measurements.items()))
             if i % save_every == 0:
-                save_state(state_file, (params, opt_state), i)
+                save_state(state_file, (params, opt_state), i, settings)
                 bar.say(f"step {i}: held-out IoU {evaluate(params['sam'], test)}")
     result = evaluate(params["sam"], test)
     card = CARD.format(
@@ -289,7 +294,7 @@ def pretrain(
 
 def define_flags() -> None:
     """Output folder, length, size of a batch."""
-    flags.DEFINE_string("output", None, "Folder to write the weights to; must not exist.", required=True)
+    common.define_folder("output", "Folder to write the weights to; must not exist.")
     flags.DEFINE_integer("steps", 5000, "Training steps.", lower_bound=1)
     flags.DEFINE_integer("pool", 10000, "Number of drawings.", lower_bound=16)
     flags.DEFINE_integer("images", 8, "Images per step.", lower_bound=1)

@@ -7,6 +7,7 @@ goes on from the newest checkpoint.  The run folder holds ``config.json``, ``met
 at the end, ``model/``, which ``launch.evaluate`` and ``launch.predict`` read.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,18 @@ from typing import Any
 from absl import flags
 
 from calsegx import configs, files, sharding
+from calsegx.interfaces import InputError
 from calsegx.training import checkpoints, loop
 from launch import common, components
 
 
 def train(config: configs.TrainConfig, workdir: Path, resume: bool = False) -> dict[str, Any]:
     """One run: fill the cache where needed, train, save the model; returns the run's summary."""
+    if resume and not (workdir / "checkpoints").is_dir():
+        raise InputError(f"--resume found no run in {workdir}; name the --workdir of the run to go on with.")
+    # Absolute, so that the model is found again from anywhere.
+    data = dataclasses.replace(config.data, root=config.data.root and str(Path(config.data.root).resolve()))
+    config = dataclasses.replace(config, data=data)
     parts = components.build(config)
     train_cases, val_cases = parts.select("train"), parts.select("val")
     num_classes = len(parts.class_map.names)
@@ -32,8 +39,8 @@ def train(config: configs.TrainConfig, workdir: Path, resume: bool = False) -> d
     cache = components.feature_cache(parts, workdir)
     components.fill_cache(parts, cache, {"train": config.data.views, "val": 1})
 
-    resolved = json.dumps(configs.to_dict(config), indent=2) + "\n"
-    files.write_atomically(workdir / "config.json", resolved)
+    if not resume:  # a resumed run may be refused for other settings, and keeps the file it has
+        files.write_atomically(workdir / "config.json", json.dumps(configs.to_dict(config), indent=2) + "\n")
     return loop.train(
         config,
         parts.backbone,
@@ -46,14 +53,14 @@ def train(config: configs.TrainConfig, workdir: Path, resume: bool = False) -> d
         confidence_loss=confidence_loss,
         mesh=mesh,
         resume=resume,
-        metadata=components.metadata(parts),
+        metadata=components.metadata(parts, {"train": train_cases, "val": val_cases}),
     )
 
 
 def define_flags() -> None:
     """``--config.*``, ``--workdir``, ``--resume``."""
     common.define_config()
-    flags.DEFINE_string("workdir", None, "Run folder.", required=True)
+    common.define_folder("workdir", "Run folder.")
     flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint in --workdir.")
 
 

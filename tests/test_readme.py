@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from calsegx import configs
+from launch import common
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -30,7 +33,8 @@ def test_every_flag_that_is_shown_exists(script):
     listed = subprocess.run(
         [sys.executable, "-m", f"launch.{script}", "--helpfull"], cwd=ROOT, capture_output=True, text=True
     ).stdout
-    known = set(re.findall(r"--(?:\[no\])?([\w.]+)", listed))
+    known = set(re.findall(r"^  --(?:\[no\])?([\w.]+)", listed, re.MULTILINE))
+    known |= set(common.field_names(configs.TrainConfig()))
     assert wanted <= known, wanted - known
 
 

@@ -129,6 +129,7 @@ def fingerprint(case: Case) -> str:
 def _check(dataset: Dataset) -> None:
     """File names that case ids can become, and files that exist, each in one role."""
     seen: dict[str, str] = {}
+    roles: dict[Path, str] = {}
     for case in dataset.cases:
         # Predictions are named after the case, also on file systems that ignore case.
         if not re.fullmatch(r"[^\s/\\:*?\"<>|.][^/\\:*?\"<>|\t\n]*", case.case_id):
@@ -140,21 +141,23 @@ def _check(dataset: Dataset) -> None:
             raise DataError(
                 f"Cases {other!r} and {case.case_id!r} of {dataset.root} differ only in upper and lower case."
             )
-        roles: dict[Path, str] = {}
         for role, path in [*case.images.items(), *([("label", case.label)] if case.label else [])]:
             nifti.require_file(path, f"case {case.case_id}, {role}")
             if path in roles:
                 raise DataError(
-                    f"Case {case.case_id!r}: {path} is given as {roles[path]} and as {role}; give each its own file."
+                    f"{path} is given as {roles[path]} and as {role} of case {case.case_id!r}; give each its own file."
                 )
-            roles[path] = role
+            roles[path] = f"{role} of case {case.case_id!r}"
 
 
 def _one_domain(name: str, what: str, known: tuple[str, ...], column: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"{what} is no {column} of the dataset; it has {', '.join(known)}.{hint}")
+        raise UsageError(
+            f"{what} is no {column} of the dataset; it has {', '.join(known)}.{hint} "
+            f"Leave it out to train on all, or name the {column} of every case in cases.tsv."
+        )
 
 
 def _census(dataset: Dataset, column: str) -> str:

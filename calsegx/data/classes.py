@@ -3,6 +3,7 @@
 Classes exclude each other; class index 0 is the background, 1..K are the classes in the order given.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from calsegx.interfaces import DataError, UsageError
 
 FLAG = "--config.data.classes"
 _EXAMPLE = "expected name=ids, for example tumour=1+2+3 or core=1,oedema=2"
+_NAME = re.compile(r"[\w .+()-]+")
 _MOST_CLASSES = 254  # class indices are uint8
 
 
@@ -42,6 +44,12 @@ def parse(spec: str, dataset_labels: Mapping[str, int]) -> ClassMap:
             raise UsageError(f"The dataset declares no labels, so name the classes with {FLAG}; {_EXAMPLE}.")
     if len(classes) > _MOST_CLASSES:
         raise UsageError(f"{FLAG} gives {len(classes)} classes; at most {_MOST_CLASSES} are supported.")
+    for name in classes:
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"The class name {name!r} cannot be part of a file name; use letters, digits, space, dot, plus, minus, "
+                f"underscore or brackets (rename it with {FLAG})."
+            )
     used = frozenset(value for ids in classes.values() for value in ids)
     if declared and not used <= declared:
         listing = ", ".join(f"{name}={value}" for name, value in dataset_labels.items())

@@ -15,6 +15,8 @@ from calsegx.data import augment, classes, nifti
 from calsegx.data import prompts as prompt_tools
 from calsegx.interfaces import Case, DataError, Prompts, Volume
 
+VERSION = 1  # raise it when a change here or in augment makes other frames of the same files: caches are then refused
+
 
 @dataclass(frozen=True)
 class FrameGeometry:
@@ -75,7 +77,7 @@ def prepare_case(
     if rng is not None and clicks is not None:
         raise ValueError("clicks belong to the image as it is; rng asks for an augmented view")
     label = None
-    if clicks is None or case.label is not None:
+    if clicks is None:
         label = read_label_volume(case, class_map)  # before the larger images
     voxels, reference = _read_channels(case, channels, config)
     if label is not None and case.label is not None:
@@ -228,8 +230,15 @@ def normalise_intensity(voxels: np.ndarray, lower: float, upper: float) -> np.nd
     """Map the ``lower`` and ``upper`` percentile (0..100) of voxels above 0 to 0 and 255, clipped; float32.
 
     Raises:
-        ValueError: when the two are equal, or no voxel is above 0.
+        ValueError: when the two are equal, no voxel is above 0, or more than one in a hundred is clearly below 0
+            (z-scores, CT): half of the tissue would silently become black.
     """
+    negative = np.count_nonzero(voxels < -0.05 * np.abs(voxels).max())
+    if negative > 0.01 * voxels.size:
+        raise ValueError(
+            f"{negative / voxels.size:.0%} of its voxels are negative; expected magnitudes with the background near 0 "
+            "(add a constant to z-scores, window CT)"
+        )
     inside = voxels[voxels > 0]
     if not inside.size:
         raise ValueError("it has no voxel above 0")

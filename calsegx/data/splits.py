@@ -33,7 +33,8 @@ def assign(dataset: Dataset, val_fraction: float, test_fraction: float, seed: in
                 f"Subject {case.subject_id!r} is in the splits {given[case.subject_id]!r} and {case.split!r} of "
                 f"{dataset.root} (case {case.case_id!r}); put all cases of a subject into one split."
             )
-    named = set(given.values())
+    # Unlabelled test images, as nnU-Net folders have them, are for prediction; they name no split to evaluate on.
+    named = {case.split for case in dataset.cases if case.split and case.label is not None}
     strata = {}
     for case in dataset.cases:
         if case.subject_id not in given:

@@ -19,6 +19,9 @@ NO_DIFFERENCE = "no measurable difference"
 TOO_FEW = "too few subjects to compare"
 
 
+SIGNIFICANCE = 0.05  # two-sided Wilcoxon p, not corrected for the number of comparisons
+
+
 @dataclass(frozen=True)
 class Comparison:
     """``method`` minus ``reference`` on one domain, in the metric's own unit."""
@@ -94,6 +97,7 @@ def _sd_of_seeds(mine: dict[int, float], other: dict[int, float]) -> float | Non
 def _verdict(result: statistics.PairedDifference, higher: bool) -> str:
     if math.isnan(result.p):  # fewer than 6 subjects: an interval from so few would find differences anywhere
         return TOO_FEW
-    if result.low <= 0 <= result.high:
+    # Both must say so: a bootstrap interval from a dozen subjects alone is too easily convinced.
+    if result.low <= 0 <= result.high or result.p >= SIGNIFICANCE:
         return NO_DIFFERENCE
     return BETTER if (result.mean > 0) == higher else WORSE

@@ -1,8 +1,8 @@
 """A case's metrics in long format, and their summary over cases and seeds.
 
 A metric's full name is what it measures, its definition and its region, because each of them changes the number.
-Overlap and surface metrics are per class; calibration metrics are of the top label over background and all classes.
-The class ``all`` stands for the mean over the foreground classes in the first kind, and for every class in the second.
+Every metric is per class (calibration: the class against the rest) and for the class ``all``: the mean over the
+foreground classes for overlap and surface metrics, the top label over background and all classes for calibration.
 """
 
 import math
@@ -129,12 +129,13 @@ def evaluate_case(
             rows.append(_row(key, name, metric, VOLUME, value, defined))
         known = [value for value, _ in found if not math.isnan(value)]
         mean = float(np.mean(known)) if known else math.nan
-        rows.append(_row(key, ALL, metric, VOLUME, mean, all(defined for _, defined in found)))
-    sums = _calibration_sums(probabilities, truth, spacing_mm)
-    for name, found in sums.items():
+        # One class that is missing everywhere does not make the mean over the others undefined.
+        rows.append(_row(key, ALL, metric, VOLUME, mean, any(defined for _, defined in found)))
+    sums = _calibration_sums(probabilities, truth, spacing_mm, class_names)
+    for (name, region), found in sums.items():
         for metric, value in ((ECE, found.ece()), (BRIER, found.brier()), (NLL, found.nll())):
-            rows.append(_row(key, ALL, metric, name, value, math.isfinite(value)))
-    return rows, sums
+            rows.append(_row(key, name, metric, region, value, math.isfinite(value)))
+    return rows, {region: found for (name, region), found in sums.items() if name == ALL}
 
 
 def _row(key: CaseKey, class_name: str, metric: str, region: str, value: float, defined: bool) -> Row:
@@ -154,15 +155,27 @@ def _hausdorff95(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[fl
 
 
 def _calibration_sums(
-    foreground: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, ...]
-) -> dict[str, calibration.CalibrationStatistics]:
+    foreground: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, ...], class_names: Sequence[str]
+) -> dict[tuple[str, str], calibration.CalibrationStatistics]:
+    """By class and region: the top label over background and all classes (``all``), and each class against the rest."""
     total = np.minimum(foreground.sum(axis=-1), 1)
     # A binary problem goes in as one probability, so that its Brier score is (p - y)^2 and not twice that.
     distribution = total if foreground.shape[-1] == 1 else np.concatenate([1 - total[..., None], foreground], axis=-1)
     sums = {}
-    for name in REGIONS:
-        inside = regions.region(name, total, truth > 0, spacing_mm)
-        sums[name] = calibration.calibration_statistics(distribution[inside], truth[inside], bins=BINS)
+    for region in REGIONS:
+        inside = regions.region(region, total, truth > 0, spacing_mm)
+        labels = truth[inside]
+        whole = calibration.calibration_statistics(distribution[inside], labels, bins=BINS)
+        sums[ALL, region] = whole
+        for index, name in enumerate(class_names, start=1):
+            single = len(class_names) == 1  # then the class against the rest is the whole problem
+            sums[name, region] = (
+                whole
+                if single
+                else calibration.calibration_statistics(
+                    foreground[inside][..., index - 1], (labels == index).astype(np.uint8), bins=BINS
+                )
+            )
     return sums
 
 

@@ -1,7 +1,7 @@
 """Pictures of the best, the median and the worst case of every domain."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,24 +25,17 @@ class Snapshot:
     results: dict[str, figures.Overlay]
 
 
-def snapshot(
-    subject: study.Subject, domain: str, found: Iterable[tuple[str, int, np.ndarray]], shown: Sequence[tuple[str, int]]
-) -> Snapshot:
-    """Keep the slice with the largest foreground, for the methods (and seeds) in ``shown``."""
+def snapshot(subject: study.Subject, domain: str) -> Snapshot:
+    """The slice with the largest foreground, without results yet."""
     index = int((subject.truth > 0).sum(axis=(1, 2)).argmax())
-    results = {
-        method: figures.Overlay(predict.segment(volume[index]) > 0, volume[index].sum(axis=-1).clip(0, 1))
-        for method, seed, volume in found
-        if (method, seed) in shown
-    }
-    return Snapshot(
-        subject.case, domain, index, subject.truth[index] > 0, subject.spacing_mm[1:], methods_in_order(results)
-    )
+    return Snapshot(subject.case, domain, index, subject.truth[index] > 0, subject.spacing_mm[1:], {})
 
 
-def methods_in_order(results: dict[str, figures.Overlay]) -> dict[str, figures.Overlay]:
-    """The results in display order."""
-    return {name: results[name] for name in methods.order(results)}
+def add(picture: Snapshot, method: str, seed: int, volume: np.ndarray, shown: Sequence[tuple[str, int]]) -> None:
+    """Keep a method's result on the slice, if it is one of those ``shown``."""
+    if (method, seed) in shown:
+        foreground = volume[picture.index]
+        picture.results[method] = figures.Overlay(predict.segment(foreground) > 0, foreground.sum(axis=-1).clip(0, 1))
 
 
 def shown_methods(models: Sequence[study.Model]) -> list[tuple[str, int]]:
@@ -87,6 +80,7 @@ def pictures(
             score = f"{methods.display(ranked_by[0])} DSC {dice[s.case.case_id]:.3f}"
             place = f"{domain_kind} {domain}, " if domain else ""
             title = f"{place}{rank} case: {s.case.case_id}, slice {s.index}, {score}"
-            png = figures.overlay(read_slice(s.case, s.index), s.truth, s.results, s.spacing_mm, title)
+            results = {name: s.results[name] for name in methods.order(s.results)}
+            png = figures.overlay(read_slice(s.case, s.index), s.truth, results, s.spacing_mm, title)
             found.append(Picture(title, png))
     return found

@@ -79,7 +79,8 @@ def _class_table(record: Record) -> list[tuple[str, str, str, list[tuple[str, st
     columns = [column for column in tables.COLUMNS if column.region == evaluate.VOLUME]
     found: dict[tuple[str, str, str], dict[str, evaluate.Summary]] = {}
     for s in summaries:
-        found.setdefault((s.domain, s.method, s.class_name), {})[s.metric] = s
+        if s.region == evaluate.VOLUME:
+            found.setdefault((s.domain, s.method, s.class_name), {})[s.metric] = s
     order = {name: index for index, name in enumerate(methods.order(s.method for s in summaries))}
     where = findings.domains(record)
     keys = sorted((k for k in found if k[0] in where), key=lambda k: (where.index(k[0]), k[2], order[k[1]]))

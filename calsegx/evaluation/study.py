@@ -1,7 +1,7 @@
 """Evaluate trained decoders and the guesses that keep them honest, case by case, on every domain.
 
-One case is loaded at a time and seen by all models; what is kept are rows and additive statistics, so memory does not
-grow with the dataset.
+One case is loaded at a time and seen by all models; what is kept are rows and additive statistics.  Only fitting the
+prompt-only guesses holds all training labels at once.
 """
 
 import functools
@@ -50,6 +50,11 @@ class Study:
         return case_tools.domain(case, self.domain_column) if self.domain_column else ""
 
     @functools.cached_property
+    def frozen(self) -> Params:
+        """The frozen parameters, on the device once."""
+        return jax.device_put(self.backbone.frozen)
+
+    @functools.cached_property
     def decode(self) -> Callable[..., Any]:
         """The backbone's decoder, compiled."""
         return jax.jit(self.backbone.decode)
@@ -93,9 +98,7 @@ def load(study: Study, case: Case) -> Subject:
 def slice_logits(study: Study, decode: Callable[..., Any], params: Params, subject: Subject) -> np.ndarray:
     """Logits ``[n, H, W, L]`` of the prompted slices on the native grid."""
     prompts = pipeline.protocol_prompts(subject.cached.prompts, study.protocol)
-    low_res = predict.predict_slices(
-        decode, params, study.backbone.frozen, subject.cached.features, prompts, DECODER_BATCH
-    )
+    low_res = predict.predict_slices(decode, params, study.frozen, subject.cached.features, prompts, DECODER_BATCH)
     return predict.case_logits(low_res, subject.geometry)
 
 
@@ -154,19 +157,13 @@ def predictions(
 
 
 def score(
-    study: Study, subject: Subject, found: Iterable[tuple[str, int, np.ndarray]], statistics: Statistics
+    study: Study, subject: Subject, method: str, seed: int, probabilities: np.ndarray, statistics: Statistics
 ) -> list[evaluate.Row]:
-    """Rows of one case; its calibration statistics are added to ``statistics`` by method, domain and region."""
-    case = subject.case
-    domain = study.domain(case)
-    rows = []
-    for method, seed, probabilities in found:
-        key = evaluate.CaseKey(method, seed, case.case_id, case.subject_id, domain, case.split)
-        case_rows, sums = evaluate.evaluate_case(
-            probabilities, subject.truth, subject.spacing_mm, study.class_map.names, key
-        )
-        rows.extend(case_rows)
-        for region, value in sums.items():
-            slot = (method, domain, region)
-            statistics[slot] = statistics[slot] + value if slot in statistics else value
+    """Rows of one case and method; calibration statistics are added to ``statistics`` by method, domain and region."""
+    case, domain = subject.case, study.domain(subject.case)
+    key = evaluate.CaseKey(method, seed, case.case_id, case.subject_id, domain, case.split)
+    rows, sums = evaluate.evaluate_case(probabilities, subject.truth, subject.spacing_mm, study.class_map.names, key)
+    for region, value in sums.items():
+        slot = (method, domain, region)
+        statistics[slot] = statistics[slot] + value if slot in statistics else value
     return rows

@@ -105,7 +105,9 @@ def overview(rows: Sequence[evaluate.Row], source: str, targets: Sequence[str], 
             (name, [_cell(c, s, b) for c, s, b in zip(COLUMNS, cells, best, strict=True)])
             for name, cells in found.items()
         ]
-        blocks.append(Block(f"{role}: {kind} {domain}" if domain else role, lines))
+        if lines or domain:  # a model that is tested elsewhere has no source among the rows
+            title = f"{kind} {domain}".strip() or "test cases"
+            blocks.append(Block(f"{role}: {title}" if source and targets else title.capitalize(), lines))
     return blocks + [_gap_block(rows, source, target, names) for target in targets]
 
 
@@ -209,7 +211,7 @@ def write_summary(
     for row in rows:
         if row.method == method and row.class_name in labels:
             by_label = cases.setdefault((row.case_id, row.seed), {})
-            by_label.setdefault(labels[row.class_name], {})[_nnunet_name(row.metric)] = row.value
+            by_label.setdefault(labels[row.class_name], {})[_nnunet_name(row)] = row.value
     per_case = []
     for (case_id, seed), by_label in cases.items():
         prediction, reference = (paths or {}).get(case_id, (None, None))
@@ -237,8 +239,10 @@ def write_summary(
     files.write_atomically(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
 
 
-def _nnunet_name(metric: str) -> str:
-    return "Dice" if metric == evaluate.DSC else metric
+def _nnunet_name(row: evaluate.Row) -> str:
+    if row.region != evaluate.VOLUME:
+        return f"{row.metric} [{row.region}]"
+    return "Dice" if row.metric == evaluate.DSC else row.metric
 
 
 def _mean_of(entries: Sequence[Mapping[str, float]]) -> dict[str, float]:

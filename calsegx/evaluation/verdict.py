@@ -93,6 +93,7 @@ def verdict(record: Record) -> list[str]:
             for method in methods.ADDITIONS
             if (domain, method, methods.BASELINE, *DSC) in found
         ),
+        *(_beaten(record, domain) for domain in domains(record)),
         *(sentence for domain in domains(record) for sentence in _not_beaten(record, domain)),
         *_undefined(record),
         _seeds(record),
@@ -120,6 +121,10 @@ def headline(record: Record) -> str:
         both = [compare.compare(rows, method, methods.BASELINE, domain, *metric) for metric in (DSC, ECE)]
         changes = ", ".join(f"{label(c.metric, c.region)} {_change(c)} ({c.verdict})" for c in both)
         parts.append(f"{methods.display(method)} against SAM-FT: {changes}")
+        scaled = methods.BASELINE + methods.CALIBRATED
+        if scaled in names:
+            c = compare.compare(rows, method, scaled, domain, *ECE)
+            parts.append(f"against SAM-FT + TS: {label(c.metric, c.region)} {_change(c)} ({c.verdict})")
     if not parts:
         parts = [f"{methods.display(name)} has DSC {_mean_dice(record, name, domain)}" for name in methods.order(names)]
     short = [
@@ -186,11 +191,17 @@ def _addition(record: Record, found: Mapping, domain: str, method: str) -> str:
         # Where TS leaves the labels as they are, the DSC has just been said.
         same_labels = found[domain, method, scaled, *DSC].difference == pair[0].difference
         pair = [found[domain, method, scaled, *metric] for metric in ((ECE,) if same_labels else (DSC, ECE))]
-        text += f" Against SAM-FT + TS: {'; '.join(map(_evidence, pair))}."
+        text += f" Against SAM-FT + TS it {_judgement(pair)}: {'; '.join(map(_evidence, pair))}."
     both = found.get((domain, method + methods.CALIBRATED, scaled, *ECE))
     if both is not None:
         text += f" With TS on both sides: {_evidence(both)}."
     return f"{methods.ADDITIONS[method]} on {where(record, domain)}: {text}"
+
+
+def _judgement(pair: Sequence[compare.Comparison]) -> str:
+    overall = _overall(pair)
+    phrases = {"mixed": "is mixed", compare.NO_DIFFERENCE: f"makes {overall}", compare.TOO_FEW: f"has {overall}"}
+    return phrases.get(overall, overall)
 
 
 def _overall(pair: Sequence[compare.Comparison]) -> str:
@@ -235,6 +246,31 @@ def uncertainty(c: compare.Comparison) -> list[str]:
         f"n = {c.subjects}",
     ]
     return phrases if c.sd_seeds is None else [*phrases, f"seed sd {signed(c, c.sd_seeds).lstrip('+')}"]
+
+
+def _beaten(record: Record, domain: str) -> str:
+    """Whether the trained methods are worth their training: DSC against the guesses and zero-shot SAM."""
+    rows = compare.index(row for row in record.rows if row.metric == evaluate.DSC)
+    names = methods.order(row.method for row in record.rows if row.domain == domain)
+    references = [name for name in (*methods.PROMPT_ONLY, methods.VANILLA) if name in names]
+    trained = [name for name in names if name not in references and not name.endswith(methods.CALIBRATED)]
+    lead = f"Trained methods on {where(record, domain)}"
+    if not references or not trained:
+        return f"{lead}: nothing to compare them with."
+    better = [
+        name
+        for name in trained
+        if all(compare.compare(rows, name, other, domain, *DSC).verdict == compare.BETTER for other in references)
+    ]
+    others = ", ".join(methods.display(name) for name in references)
+    if len(better) == len(trained):
+        return f"{lead}: every one of them beats {others} in DSC."
+    count = f"{len(better)} of {len(trained)}"
+    return f"{lead}: {count} measurably beat all of {others} in DSC{': ' if better else ''}{_named(better)}."
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(methods.display(name) for name in names)
 
 
 def _not_beaten(record: Record, domain: str) -> list[str]:

@@ -1,11 +1,14 @@
 """Checkpoints of a run: a guard around Orbax that refuses to overwrite, to start afresh or to mix runs."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grain
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -97,7 +100,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=grain.checkpoint.CheckpointSave(iterator),
-            record=ocp.args.JsonSave(dict(record)),
+            record=ocp.args.JsonSave({**record, "state_sha256": _digest(state)}),
         )
         try:
             self._manager.save(step, args=items, force=True)
@@ -125,6 +128,7 @@ class Checkpoints:
                 when the checkpoint cannot be read.
         """
         saved = self._read(step, record=ocp.args.JsonRestore()).record
+        digest = saved.pop("state_sha256", None)
         different = configs.differences(saved, record)
         changes = [
             f"{key} was {old!r} and is {new!r}" for key, (old, new) in different.items() if key not in MAY_DIFFER
@@ -139,6 +143,12 @@ class Checkpoints:
             state=ocp.args.StandardRestore(abstract),
             data=grain.checkpoint.CheckpointRestore(iterator),
         )
+        # Orbax restores a flipped byte without a word.
+        if _digest(restored.state) != digest:
+            raise InputError(
+                f"The checkpoint {self.folder / str(step)} is damaged: what was read is not what was saved; move this "
+                "folder away and use --resume again, which takes the one before it."
+            )
         return restored.state, saved
 
     def _read(self, step: int, **items: Any) -> Any:
@@ -149,3 +159,11 @@ class Checkpoints:
                 f"The checkpoint {self.folder / str(step)} cannot be read ({error}); move this folder away "
                 "and use --resume again, which takes the one before it."
             ) from error
+
+
+def _digest(state: train_state.TrainState) -> str:
+    """SHA-256 over the bytes of all arrays of the state."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()

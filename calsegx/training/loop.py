@@ -127,7 +127,7 @@ def train(
         # ------------------------------------------------------------------------------------------ loop
         waiting: list[tuple[int, Mapping[str, jax.Array]]] = []
         text, loss, validation_loss = "", None, None
-        with progress.Progress("Training", config.steps, "steps") as bar:
+        with progress.Progress(f"Training {config.method}", config.steps, "steps") as bar:
             bar.say(_start_line(config, train_case_ids, validation, mesh, start) + note)
             for step in range(start + 1, config.steps + 1):
                 state, measurements = take_step(state, sharding.shard_batch(mesh, next(batches)))
@@ -208,7 +208,7 @@ def load_model(workdir: Path) -> tuple[Params, dict[str, Any]]:
             f"{folder} holds no trained model ({Path(error.filename).name} is missing); name the --workdir "
             "of a run that has ended, or finish it with --resume."
         ) from error
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise InputError(
             f"The model in {folder} is damaged ({error}); write it again by running its training with --resume."
         ) from error

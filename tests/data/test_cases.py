@@ -127,7 +127,7 @@ def test_load_checks(tmp_path):
     with pytest.raises(DataError, match=r"scan_b.nii \(case b, T1\) does not exist.*'scan_a.nii'"):
         cases.load(config)
     config = write_dataset(tmp_path, ["a a.nii a.nii"])
-    with pytest.raises(DataError, match=r"Case 'a': .*a.nii is given as T1 and as label"):
+    with pytest.raises(DataError, match=r".*a.nii is given as T1 of case 'a' and as label of case 'a'"):
         cases.load(config)
     config = write_dataset(tmp_path, ["p1 a.nii b.nii", "P1 c.nii d.nii"])
     with pytest.raises(DataError, match="Cases 'p1' and 'P1' .* upper and lower case"):

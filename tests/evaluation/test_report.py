@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from calsegx.evaluation import evaluate, figures, report
-from calsegx.metrics import calibration
+from calsegx.evaluation import compare, evaluate, figures, report
+from calsegx.metrics import calibration, statistics
 from tests.evaluation import synthetic
 
 
@@ -58,7 +58,7 @@ def test_temperature_scaling_is_the_other_reference():
         report.verdict(record(synthetic.rows(["sam_ft", "sam_ft+ts", "sam_fip", "sam_fip+ts"], noise=0.005))),
         "FIP on scanner B",
     )
-    against, both = sentence.split(" Against SAM-FT + TS: ")[1].split(" With TS on both sides: ")
+    against, both = sentence.split(" Against SAM-FT + TS it hurts: ")[1].split(" With TS on both sides: ")
     assert against.startswith("ECE [p>0.01] +0.0") and ", worse (" in against
     assert both.startswith("ECE [p>0.01] -0.0") and ", better (" in both
 
@@ -209,3 +209,15 @@ def test_the_unnamed_domain_has_a_name_in_sentences():
     made = report.Record("t", rows, "", ())
     assert report.headline(made).startswith("On the test cases, CalSAM against SAM-FT: DSC")
     assert any(s.startswith("FIP + CMP on the test cases: ") for s in report.verdict(made))
+
+
+def test_trained_methods_that_beat_every_guess_are_said_to():
+    names = ["prompt_only_disc", "vanilla_sam", "sam_ft", "calsam"]
+    sentences = report.verdict(record(synthetic.rows(names)))
+    assert "every one of them beats Prompt-only disc, Vanilla SAM in DSC" in about(sentences, "Trained methods on scanner A")
+
+
+def test_an_interval_alone_convinces_nobody():
+    difference = statistics.PairedDifference(-0.001, -0.003, -0.0001, 0.077, 12, 0)
+    assert compare._verdict(difference, higher=False) == compare.NO_DIFFERENCE
+    assert compare._verdict(difference._replace(p=0.04), higher=False) == compare.BETTER

@@ -14,7 +14,8 @@ import pytest
 
 from calsegx import configs
 from calsegx.interfaces import DataError, InputError, UsageError
-from launch import train
+from calsegx.training import metrics_log
+from launch import predict, train
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -145,3 +146,61 @@ def test_weights_that_are_none(config, tmp_path):
     model = configs.ModelConfig(weights=str(tmp_path))
     with pytest.raises(InputError, match="model.safetensors is missing"):
         train.train(dataclasses.replace(config, model=model), tmp_path / "run")
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_noticed(config, tmp_path):
+    run = tmp_path / "run"
+    train.train(config, run)
+    before = (run / "model" / "decoder.safetensors").read_bytes()
+    path = max((run / "checkpoints" / "4" / "state").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="checkpoints/4 (is damaged|cannot be read)"):
+        train.train(config, run, resume=True)
+    assert (run / "model" / "decoder.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seed": -1}, "--config.seed=-1"),
+        ({"loss": "bce", "data": {"classes": ""}}, "bce"),
+        ({"loss": "math:pi"}, "is a float; expected a function"),
+        ({"loss": "no_such_module:loss"}, "cannot be loaded"),
+        ({"optimizer": {"b1": 1.5}}, "--config.optimizer.b1=1.5"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "learning_rate=inf"),
+        ({"data": {"rotation_degrees": float("nan")}}, "rotation_degrees=nan"),
+        ({"data": {"classes": "a/b=1+2+3"}}, "'a/b' cannot be part of a file name"),
+    ],
+)
+def test_values_that_make_no_sense(config, tmp_path, change, sentence):
+    for name, value in change.items():
+        if isinstance(value, dict):
+            value = dataclasses.replace(getattr(config, name), **value)
+        config = dataclasses.replace(config, **{name: value})
+    with pytest.raises(UsageError, match=sentence):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_z_scores_are_refused_not_clipped(config, damaged, tmp_path):
+    path = damaged / "imagesTr" / "subject001_A_0003.nii.gz"
+    resave(path, lambda d: ((d - d.mean()) / d.std()).astype(np.float32))
+    with pytest.raises(DataError, match=f"{path.name}.*negative"):
+        attempt(config, damaged, tmp_path / "run")
+
+
+def test_predictions_never_go_into_the_dataset(dataset, config, tmp_path):
+    train.train(dataclasses.replace(config, steps=1), tmp_path / "run")
+    with pytest.raises(UsageError, match="lies inside the dataset"):
+        predict.predict(tmp_path / "run", dataset / "labelsTs")
+
+
+def test_a_log_may_end_in_the_middle_of_a_line_but_not_be_wrong_before(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "seconds": 0.1}\n{"step": 2, "sec')
+    assert metrics_log.read(path) == [{"step": 1, "seconds": 0.1}]
+    path.write_text('garbage\n{"step": 2, "seconds": 0.2}\n')
+    with pytest.raises(InputError, match="metrics.jsonl, line 1"):
+        metrics_log.read(path)

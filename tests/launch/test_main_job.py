@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from calsegx.data import cases as case_tools
+from calsegx.data import phantoms
 from calsegx.interfaces import DataError, InputError, UsageError
 from calsegx.training import checkpoints, loop
 from launch import cache_features, components, evaluate, predict, train
@@ -134,19 +135,30 @@ def test_clicks_replace_the_reference_labels(runs, tmp_path, dataset):
         predict.predict(runs[0], tmp_path / "out", str(clinic))
     (mask,) = predict.predict(runs[0], tmp_path / "out", str(clinic), clicks)
     volume = np.asarray(nibabel.load(mask).dataobj)
+    assert (tmp_path / "out" / "labels.json").is_file()
     assert not np.delete(volume, k, axis=2).any()  # slices without a click are background
 
 
 def test_another_hospitals_dataset(runs, tmp_path, dataset):
     """All labelled cases of another folder are scored; nothing of it is fitted on."""
     other = tmp_path / "Dataset002_Elsewhere"
-    shutil.copytree(dataset, other)
-    table = other / "cases.tsv"
-    table.write_text(table.read_text().replace("\tA\t", "\tC\t").replace("\tB\t", "\tD\t"))
+    phantoms.write_dataset(other, train=1, val=0, test=1, scale=0.35, seed=7, processes=1)
     result = evaluate.evaluate(runs[:1], tmp_path / "evaluation", str(other))
-    assert (result.source, list(result.targets)) == ("", ["C", "D"])
-    assert len({row.case_id for row in result.rows}) == 8
+    assert (result.source, list(result.targets)) == ("", ["A", "B"])
+    assert len({row.case_id for row in result.rows}) == 3
     assert "Dataset002_Elsewhere" in (tmp_path / "evaluation" / "report.html").read_text()
+
+
+def test_nothing_that_was_trained_on_is_scored(runs, tmp_path, dataset):
+    copied = tmp_path / "copy"
+    shutil.copytree(dataset, copied)
+    with pytest.raises(DataError, match="'subject001_A' holds the same files as case 'subject001_A'"):
+        evaluate.evaluate(runs[:1], tmp_path / "evaluation", str(copied))
+    _, model = loop.load_model(runs[0])
+    test = components.of_model(model, "").select("test")
+    model["seen"]["val"][0]["subject_id"] = test[0].subject_id
+    with pytest.raises(DataError, match=f"'{test[0].case_id}' is of subject"):
+        evaluate.check_unseen(model, test, same_dataset=True)
 
 
 def test_another_protocol_is_refused(runs, tmp_path):
@@ -159,7 +171,11 @@ def test_runs_that_differ_are_not_compared(runs, tmp_path, config):
     params, model = loop.load_model(runs[0])
     model["config"]["protocol"] = "gt_box"
     loop.save_model(other, params, model)
-    with pytest.raises(UsageError, match="differ in their prompt protocol"):
+    with pytest.raises(UsageError, match="differ in protocol .'gt_box' and 'gt_points'."):
+        evaluate.evaluate([runs[0], other], tmp_path)
+    model["config"]["protocol"], model["seen"]["val"] = "gt_points", []
+    loop.save_model(other, params, model)
+    with pytest.raises(UsageError, match="differ in training or validation cases"):
         evaluate.evaluate([runs[0], other], tmp_path)
     with pytest.raises(UsageError, match="repeats sam_ft with seed 42"):
         evaluate.evaluate([runs[0], runs[0]], tmp_path)
@@ -204,8 +220,12 @@ def test_a_run_is_never_overwritten_nor_started_afresh(config, runs, tmp_path):
     with pytest.raises(InputError, match="already holds a run, saved at step 4; go on with it with --resume"):
         train.train(dataclasses.replace(config, seed=1), runs[0])
     assert (runs[0] / "config.json").read_text() == before
-    with pytest.raises(InputError, match="--resume found no checkpoint"):
+    with pytest.raises(InputError, match="--resume found no run in .*typo"):
         train.train(config, tmp_path / "typo", resume=True)
+    assert not (tmp_path / "typo").exists()
+    with pytest.raises(InputError, match="seed"):
+        train.train(dataclasses.replace(config, seed=1), runs[0], resume=True)
+    assert (runs[0] / "config.json").read_text() == before
 
 
 def test_caching_ahead(config, tmp_path):
@@ -229,7 +249,7 @@ def test_a_case_without_foreground_is_all_background(runs, tmp_path, dataset):
     for path in (healthy / "labelsTs").glob("*.nii.gz"):
         image = nibabel.load(path)
         nibabel.save(nibabel.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine, image.header), path)
-    written = predict.predict(runs[0], tmp_path / "out", str(healthy))
+    written = predict.predict(runs[0], tmp_path / "out", str(healthy), split="test")
     assert len(written) == 4
     assert not any(np.asarray(nibabel.load(path).dataobj).any() for path in written)
 
@@ -242,5 +262,5 @@ def test_a_failing_case_stops_no_other(runs, tmp_path, dataset):
     victim = sorted((broken / "imagesTs").glob("*_0001.nii.gz"))[0]
     victim.write_bytes(victim.read_bytes()[:-100])
     with pytest.raises(DataError, match=rf"1 of 4 cases failed; the first: .*{victim.name}"):
-        predict.predict(runs[0], tmp_path / "out", str(broken))
+        predict.predict(runs[0], tmp_path / "out", str(broken), split="test")
     assert len(list((tmp_path / "out").glob("*_prob-*.nii.gz"))) == 3

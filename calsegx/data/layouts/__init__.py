@@ -23,9 +23,9 @@ def detect(root: Path, name: str = "auto") -> Dataset:
         DataError: for a missing or empty folder, or one that no layout recognises.
     """
     if not root.is_dir():
-        raise DataError(f"The dataset folder {root} does not exist or is a file; check --config.data.root.")
+        raise DataError(f"The dataset folder {root} does not exist or is a file; check its name.")
     if not any(root.iterdir()):
-        raise DataError(f"The dataset folder {root} is empty; put the dataset there or change --config.data.root.")
+        raise DataError(f"The dataset folder {root} is empty; put the dataset there or name another.")
     if name != "auto":
         dataset = registry.get(name)(root)
         if dataset is None:

@@ -86,15 +86,25 @@ def load(folder: Path | str) -> tuple[SamConfig, Params]:
     folder = Path(folder)
     for name in (*FILES[:2], "SHA256SUMS"):
         if not (folder / name).is_file():
-            raise DataError(f"{folder} is not a weights folder: {name} is missing; give a folder that holds {FILES}.")
+            raise DataError(
+                f"{folder} is not a weights folder: {name} is missing; give a folder that holds "
+                f"{', '.join(FILES)} and SHA256SUMS."
+            )
     verify(folder)
-    read: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
-    config = SamConfig(**values)
+    try:
+        config = _read_config(folder / "config.json")
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{folder / 'config.json'} is no SAM configuration ({error}); get the folder again.") from error
     flat = safetensors.numpy.load_file(folder / "model.safetensors")
     flat = {name: array.astype(np.float32) for name, array in flat.items()}
     template = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
     return config, unflatten(template, flat, str(folder / "model.safetensors"))
+
+
+def _read_config(path: Path) -> SamConfig:
+    read: dict[str, Any] = json.loads(path.read_text())
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
+    return SamConfig(**values)
 
 
 def verify(folder: Path) -> None:
@@ -103,10 +113,11 @@ def verify(folder: Path) -> None:
     Raises:
         DataError: naming the first file that differs or is missing.
     """
-    for line in (folder / "SHA256SUMS").read_text().splitlines():
-        expected, _, name = line.partition("  ")
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    sums = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+    for name in {*sums, *FILES[:2]}:
         path = folder / name
-        if not path.is_file() or _sha256(path) != expected:
+        if not path.is_file() or _sha256(path) != sums.get(name):
             raise DataError(f"{path} does not have the checksum in {folder / 'SHA256SUMS'}: get the folder again.")
 
 
