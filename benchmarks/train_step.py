@@ -7,6 +7,7 @@ count of the compiled step.  Neither grain nor nibabel is imported.
 """
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -115,7 +116,13 @@ def main(argv: Any) -> None:
                 )
                 print(*cells, flush=True)
     device = jax.devices()[0]
-    machine = {"device": device.device_kind, "devices": jax.device_count(), "cpu": platform.processor()}
+    machine = {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "architecture": platform.machine(),
+        "jax": jax.__version__,
+    }
     if JSON.value:
         files.write_atomically(Path(JSON.value), json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
         print(f"The rows are in {JSON.value}")
