@@ -8,11 +8,9 @@ A method is a choice of terms; the weights of the terms stand in their own group
 
 import dataclasses
 import difflib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from calsegx.interfaces import UsageError
@@ -168,11 +166,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     flat_old, flat_new = _flatten(old), _flatten(new)
     keys = sorted(flat_old.keys() | flat_new.keys())
     return {k: (flat_old.get(k), flat_new.get(k)) for k in keys if flat_old.get(k) != flat_new.get(k)}
-
-
-def load(path: Path) -> TrainConfig:
-    """The configuration that a run saved as ``config.json``."""
-    return from_dict(TrainConfig, json.loads(path.read_text()), str(path))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

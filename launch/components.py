@@ -121,12 +121,12 @@ def loss_terms(config: configs.TrainConfig, num_classes: int) -> tuple[Loss, Los
     return losses.get(config.loss), penalised, confidence
 
 
-def metadata(components: Components, seen: Mapping[str, Sequence[Case]]) -> dict[str, Any]:
-    """What a trained model must know about its input, beside its configuration; ``seen``: its cases by split."""
+def metadata(components: Components, cache: FeatureCache, seen: Mapping[str, Sequence[Case]]) -> dict[str, Any]:
+    """What a trained model must know beside its configuration: its input, and by split the cases it has ``seen``."""
     return {
         "seen": {
             split: [
-                {"case_id": c.case_id, "subject_id": c.subject_id, "fingerprint": case_tools.fingerprint(c)}
+                {"case_id": c.case_id, "subject_id": c.subject_id, "fingerprint": cache.fingerprint(c.case_id, "view0")}
                 for c in cases
             ]
             for split, cases in seen.items()

@@ -19,7 +19,6 @@ from calsegx.training import checkpoints
 from launch import cache_features, common, evaluate, make_phantoms, predict, train
 
 SEEDS = (42, 2024, 3407)  # of the paper
-METHODS = ("sam_ft", "sam_fip", "sam_cmp", "calsam")
 
 
 def demo_config(root: Path, cache: Path) -> configs.TrainConfig:
@@ -48,7 +47,7 @@ def demo(workdir: Path, seeds: int) -> report.Record:
     cache_features.cache_features(config, workdir)
     runs = []
     for seed in SEEDS[:seeds]:
-        for method in METHODS:
+        for method in configs.METHODS:
             runs.append(workdir / "train" / f"{method}_seed{seed}")
             if not (runs[-1] / "model" / "model.json").exists():
                 with checkpoints.Checkpoints(runs[-1] / "checkpoints") as saved:

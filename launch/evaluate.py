@@ -53,7 +53,6 @@ def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
         UsageError: when the runs differ in cases, backbone, classes, prompt protocol or any setting of training
             beside those of ``MAY_DIFFER``, or ``protocol`` is another one than theirs.
     """
-    folders = [folder for folder in folders if str(folder) != "."]  # what an empty item of the list becomes
     if not folders:
         raise UsageError("--runs is empty; give the folders of trained runs, separated by commas.")
     loaded = [loop.load_model(folder) for folder in folders]
@@ -258,7 +257,7 @@ def main() -> None:
     """Evaluate, and say the main result."""
     arguments = flags.FLAGS
     workdir = Path(arguments.workdir)
-    record = evaluate([Path(run) for run in arguments.runs], workdir, arguments.data, arguments.protocol)
+    record = evaluate([Path(run) for run in arguments.runs if run], workdir, arguments.data, arguments.protocol)
     print(report.headline(record))
     print(f"The report is {workdir / 'report.html'}")
 

@@ -24,9 +24,10 @@ def train(config: configs.TrainConfig, workdir: Path, resume: bool = False) -> d
     """One run: fill the cache where needed, train, save the model; returns the run's summary."""
     if resume and not (workdir / "checkpoints").is_dir():
         raise InputError(f"--resume found no run in {workdir}; name the --workdir of the run to go on with.")
-    # Absolute, so that the model is found again from anywhere.
-    data = dataclasses.replace(config.data, root=config.data.root and str(Path(config.data.root).resolve()))
-    config = dataclasses.replace(config, data=data)
+    # Absolute, so that dataset, cache and weights are found again from anywhere.
+    data = dataclasses.replace(config.data, root=_absolute(config.data.root), cache=_absolute(config.data.cache))
+    model = dataclasses.replace(config.model, weights=_absolute(config.model.weights))
+    config = dataclasses.replace(config, data=data, model=model)
     parts = components.build(config)
     train_cases, val_cases = parts.select("train"), parts.select("val")
     num_classes = len(parts.class_map.names)
@@ -53,8 +54,12 @@ def train(config: configs.TrainConfig, workdir: Path, resume: bool = False) -> d
         confidence_loss=confidence_loss,
         mesh=mesh,
         resume=resume,
-        metadata=components.metadata(parts, {"train": train_cases, "val": val_cases}),
+        metadata=components.metadata(parts, cache, {"train": train_cases, "val": val_cases}),
     )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if path else ""
 
 
 def define_flags() -> None:
