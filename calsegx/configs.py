@@ -22,6 +22,12 @@ METHODS: Mapping[str, tuple[bool, bool]] = {  # name -> (Fisher penalty, confide
     "calsam": (True, True),
 }
 PROTOCOLS = ("gt_points", "gt_box")
+FISHER_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "mode": ("exact", "finite_difference", "stochastic", "every_k", "perturbed"),
+    "reading": ("per_sample", "batch_mean", "elementwise_mean", "centered"),
+    "normalisation": ("relative", "raw"),
+    "labels": ("empirical", "sampled"),
+}
 
 
 @dataclass
@@ -50,6 +56,8 @@ class ModelConfig:
 
     backbone: str = "sam"
     weights: str = ""  # a weights folder; empty: the tiny SAM that ships with calsegx
+    dtype: str = "float32"  # what the frozen encoder computes in: float32 or bfloat16
+    encoder_batch: int = 0  # slices per encoder call; 0: by feature grid and device (caching.encoder_batch)
 
 
 @dataclass
@@ -57,6 +65,12 @@ class FisherConfig:
     """The Fisher penalty on the encoder's features (METHODS: FIP)."""
 
     weight: float = 0.1
+    mode: str = "exact"  # or finite_difference, stochastic, every_k, perturbed (not for SAM): see losses/fisher.py
+    reading: str = "per_sample"  # or batch_mean, elementwise_mean, centered (over the positions of the batch's slices)
+    labels: str = "empirical"  # the data's, or sampled from the model: the true Fisher
+    fraction: float = 0.125  # stochastic: the share of each batch that is penalised, at least one slice
+    every: int = 8  # every_k: only every this many steps, with this many times the weight
+    remat: bool = False  # slice after slice: less memory, more time; on one device only
     normalisation: str = "relative"  # relative or raw
     warmup_fraction: float = 0.2  # the weight rises linearly over this fraction of the steps
 
@@ -109,9 +123,11 @@ def validate(config: TrainConfig) -> None:
     _one_of("method", config.method, METHODS)
     _one_of("protocol", config.protocol, PROTOCOLS)
     _one_of("data.domain", config.data.domain, ("scanner", "centre"))
-    _one_of("fisher.normalisation", config.fisher.normalisation, ("relative", "raw"))
+    _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    _validate_fisher(config)
     for name in ("steps", "batch_size", "log_every", "validate_every", "save_every", "data.views"):
         _at_least(config, name, 1)
+    _at_least(config, "model.encoder_batch", 0)
     for name in ("seed", "fisher.weight", "cmp.weight", "optimizer.clip_norm", "data.rotation_degrees"):
         _at_least(config, name, 0)
     for name in ("optimizer.learning_rate", "cmp.temperature"):
@@ -121,8 +137,6 @@ def validate(config: TrainConfig) -> None:
     for name in below_one:
         if not 0 <= _value(config, name) < 1:
             raise UsageError(f"--config.{name}={_value(config, name)} must be at least 0 and below 1.")
-    if not 0 <= config.fisher.warmup_fraction <= 1:
-        raise UsageError(f"--config.fisher.warmup_fraction={config.fisher.warmup_fraction} must be from 0 to 1.")
     low, high = config.data.lower_percentile, config.data.upper_percentile
     if not 0 <= low < high <= 100:
         raise UsageError(
@@ -133,6 +147,27 @@ def validate(config: TrainConfig) -> None:
         raise UsageError(
             "--config.data.val_fraction and --config.data.test_fraction must leave training subjects: "
             f"their sum is {config.data.val_fraction + config.data.test_fraction}, it must be below 1."
+        )
+
+
+def _validate_fisher(config: TrainConfig) -> None:
+    fisher = config.fisher
+    for name, allowed in FISHER_CHOICES.items():
+        _one_of(f"fisher.{name}", getattr(fisher, name), allowed)
+    if not 0 < fisher.fraction <= 1:
+        raise UsageError(f"--config.fisher.fraction={fisher.fraction} must be above 0 and at most 1.")
+    _at_least(config, "fisher.every", 1)
+    if not 0 <= fisher.warmup_fraction <= 1:
+        raise UsageError(f"--config.fisher.warmup_fraction={fisher.warmup_fraction} must be from 0 to 1.")
+    if fisher.remat and fisher.reading == "centered":
+        raise UsageError(
+            "--config.fisher.remat takes slice after slice, but --config.fisher.reading='centered' needs the mean over "
+            "all of them; leave one out."
+        )
+    if fisher.labels == "sampled" and fisher.mode in ("finite_difference", "perturbed"):
+        raise UsageError(
+            f"--config.fisher.labels='sampled' would draw other labels at the shifted features of "
+            f"--config.fisher.mode={fisher.mode!r}; use exact, stochastic or every_k."
         )
 
 

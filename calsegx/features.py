@@ -151,12 +151,13 @@ class FeatureCache:
                 shutil.rmtree(folder)
             os.replace(temporary, folder)
         except (OSError, ValueError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise InputError(
                 f"The features of case {case_id!r}, {view} cannot be written to {self.root} ({error}); free "
                 "some space or name another folder with --config.data.cache, then run again: what is "
                 "complete is kept."
             ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # is there only when something stopped us, be it Ctrl-C
         self._opened.pop((case_id, view), None)
 
     def slices(self, case_id: str, view: str) -> np.ndarray:

@@ -112,7 +112,8 @@ class Loss(Protocol):
 class Backbone:
     """A promptable network split into a frozen encoder and a trainable decoder, as pure functions.
 
-    Frozen means: ``frozen`` is never an argument that is differentiated.
+    ``encoder`` and ``frozen`` are never differentiated.  They are apart because training on cached features needs
+    ``frozen`` alone on the device: SAM's largest encoder is 2.5 GB, the rest of it 16 MB.
     """
 
     name: str
@@ -122,8 +123,9 @@ class Backbone:
     logit_shape: tuple[int, int]  # (Hl, Wl)
     pixel_mean: tuple[float, float, float]  # of 0..255 images; the frame is padded after normalisation
     pixel_std: tuple[float, float, float]
-    frozen: Params
+    encoder: Params  # what encode needs
+    frozen: Params  # what decode and zero_shot need and is not trained, e.g. the prompt encoder
     trainable: Params  # the decoder's initial parameters for the run's number of classes
-    encode: Callable[[Params, Array], Array]  # (frozen, images [B, S, S, 3] normalised) -> [B, h, w, C]
+    encode: Callable[[Params, Array], Array]  # (encoder, images [B, S, S, 3] normalised) -> [B, h, w, C]
     decode: Callable[[Params, Params, Array, Prompts], Array]  # (trainable, frozen, z, prompts) -> [B, Hl, Wl, L]
     zero_shot: Callable[[Params, Array, Prompts], Array] | None = None  # (frozen, z, prompts) -> [B, Hl, Wl, 1]

@@ -10,7 +10,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from calsegx import configs
+from calsegx import configs, memory
 from calsegx.interfaces import InputError, UsageError
 
 
@@ -40,6 +40,7 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
     except UsageError as error:
         sys.exit(_complain(error))
     logging.set_verbosity(logging.WARNING)  # orbax and grain report every step at INFO
+    memory.keep_freed_memory()
     _enable_compilation_cache()
     app.run(guarded, flags_parser=_parse)
 

@@ -17,7 +17,6 @@ from calsegx.interfaces import Backbone, Case, DataError, Dataset, Loss, UsageEr
 from calsegx.training import caching
 
 VIEW_SEED = 2024  # of the augmented views: the same for all training seeds, so that they share one cache
-ENCODER_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,9 @@ def build(config: configs.TrainConfig, class_map: classes.ClassMap | None = None
     """
     configs.validate(config)
     task_loss = losses.get(config.loss)
-    load_backbone = models.registry.get(config.model.backbone)
+    # A backbone that knows one dtype need not take the option.
+    options = {} if config.model.dtype == configs.ModelConfig.dtype else {"dtype": config.model.dtype}
+    load_backbone = models.registry.bind(config.model.backbone, options)
     dataset = case_tools.load(config.data)
     class_map = class_map or classes.parse(config.data.classes, dataset.labels)
     channels = case_tools.channels(config.data, dataset)
@@ -84,6 +85,7 @@ def feature_cache(components: Components, workdir: Path) -> FeatureCache:
     signature = {
         "preprocessing": preprocessing.VERSION,
         "backbone": components.backbone.fingerprint,
+        "dtype": components.config.model.dtype,
         "image_size": components.backbone.image_size,
         "channels": components.channels,
         "classes": dict(zip(components.class_map.names, components.class_map.ids, strict=True)),
@@ -109,7 +111,7 @@ def encode(components: Components, cache: FeatureCache, cases: Sequence[Case], v
         views=views,
         seed=VIEW_SEED,
         num_classes=len(components.class_map.names),
-        batch_size=ENCODER_BATCH,
+        batch_size=components.config.model.encoder_batch,
         mesh=sharding.data_mesh(),
     )
 

@@ -32,7 +32,7 @@ from launch import common, components
 # Settings in which compared runs may differ: what they are compared for, and what changes no number.
 MAY_DIFFER = (
     *("method", "seed", "fisher.", "cmp.", "log_every", "save_every", "validate_every"),
-    *("data.root", "data.cache", "model.weights"),
+    *("data.root", "data.cache", "model.weights", "model.encoder_batch"),
 )
 
 
@@ -215,7 +215,9 @@ def _describe(
         + " (order of the slices and choice of their views; every run starts from the same pretrained decoder)",
         "Training": f"{config.steps} steps of {config.batch_size} slices, {data.views} cached views a slice, Adam "
         f"{config.optimizer.learning_rate:g} with cosine decay, clip norm {config.optimizer.clip_norm:g}",
-        "Loss": f"{config.loss}; FIP weight {_listed(runs.weights['fisher'])} ({config.fisher.normalisation}, linear "
+        "Loss": f"{config.loss}; FIP weight {_listed(runs.weights['fisher'])} ({config.fisher.mode}, "
+        f"{config.fisher.reading}, "
+        f"{config.fisher.normalisation}, {config.fisher.labels} labels, linear "
         f"warm-up over {config.fisher.warmup_fraction:.0%} of the steps), CMP weight {_listed(runs.weights['cmp'])}",
         "Temperatures (validation, NLL)": fitted,
         "Prompt-only disc": f"radius {guesses['prompt_only_disc'].radius_mm:.1f} mm, the best on the training labels",

@@ -22,7 +22,7 @@ from calsegx import files, sharding
 from calsegx.data import classes, nifti, pipeline, prompts
 from calsegx.evaluation import predict as case_prediction
 from calsegx.evaluation import study
-from calsegx.interfaces import Case, DataError, InputError, UsageError
+from calsegx.interfaces import Case, DataError, InputError, Params, UsageError
 from calsegx.training import caching, loop, progress
 from launch import common, components
 
@@ -55,15 +55,16 @@ def predict(
                     f"Case {case.case_id!r} has no reference labels to place prompts on; give clicks with --prompts."
                 )
     output.mkdir(parents=True, exist_ok=True)
-    encode = caching.case_encoder(parts.backbone, components.ENCODER_BATCH, sharding.data_mesh())
+    encode = caching.case_encoder(parts.backbone, parts.config.model.encoder_batch, sharding.data_mesh())
     decode = jax.jit(parts.backbone.decode)
+    weights = jax.device_put((params, parts.backbone.frozen))  # once, not for every batch
     ids = {name: values[0] for name, values in zip(parts.class_map.names, parts.class_map.ids, strict=True)}
     files.write_atomically(output / "labels.json", json.dumps({"background": 0, **ids}, indent=2) + "\n")
     written, failed = [], []
     with progress.Progress("Predicting", len(cases), "cases") as bar:
         for done, case in enumerate(cases, start=1):
             try:
-                probabilities, reference = _probabilities(parts, params, case, clicks, encode, decode)
+                probabilities, reference = _probabilities(parts, weights, case, clicks, encode, decode)
             except InputError as error:
                 failed.append(f"{case.case_id}: {error}")
                 bar.say(f"failed: {failed[-1]}")
@@ -77,18 +78,16 @@ def predict(
 
 def _probabilities(
     parts: components.Components,
-    params: Any,
+    weights: tuple[Params, Params],
     case: Case,
     clicks: Mapping[str, prompts.Clicks] | None,
     encode: Any,
     decode: Any,
 ) -> tuple[np.ndarray, Any]:
-    """Foreground probabilities ``[D, H, W, K]`` and the grid to write them on."""
+    """Foreground probabilities ``[D, H, W, K]`` and the grid to write them on; ``weights`` trained and frozen."""
     prepared = parts.prepare(case, clicks=clicks)
     asked = pipeline.protocol_prompts(prepared.prompts, parts.config.protocol)
-    low_res = case_prediction.predict_slices(
-        decode, params, parts.backbone.frozen, encode(prepared), asked, study.DECODER_BATCH
-    )
+    low_res = case_prediction.predict_slices(decode, *weights, encode(prepared), asked, study.DECODER_BATCH)
     native = case_prediction.probabilities(case_prediction.case_logits(low_res, prepared.geometry))
     depth = prepared.reference.voxels.shape[0]
     return case_prediction.to_volume(native, prepared.slices, depth), prepared.reference

@@ -18,6 +18,7 @@ ALLOWED = {
     "metrics": set(),
     "calibrators": set(),
     "sharding": set(),
+    "memory": set(),
     "features": set(),
     "data": {"features"},  # the pipeline reads the cache
     "training": {"losses", "sharding", "features", "data"},

@@ -141,6 +141,19 @@ def test_failed_write_leaves_the_old_view(cache, monkeypatch):
     assert [path.name for path in (cache.root / "a").iterdir()] == ["view0"]
 
 
+def test_ctrl_c_leaves_nothing_hidden(cache, monkeypatch):
+    cache.write("a", "view0", **content(seed=0), fingerprint="old")
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(features, "_write_array", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.write("a", "view0", **content(seed=1), fingerprint="new")
+    assert cache.has("a", "view0", "old")
+    assert [path.name for path in (cache.root / "a").iterdir()] == ["view0"]
+
+
 def test_signature_must_match(cache):
     features.FeatureCache.open(cache.root, json.loads(json.dumps(SIGNATURE)))
     other = {"weights": "abd", "data": {"views": 2, "lower_percentile": 1.0}, "new": 1}

@@ -1,1 +1,1 @@
-"""Weights from other frameworks, as tables of names and layouts."""
+"""Weights from other frameworks: files, tables of names and layouts, and the configuration that shapes tell."""

@@ -1,39 +1,65 @@
-"""The Fisher penalty on features: any loss of (params, features), plus its squared feature gradient.
+"""The Fisher penalty on features, for any loss that is a function of (params, features).
 
-CalSAM (Khan and Syed), Eq. 3 and Algorithm 1, read per sample: ``g_i = grad_{z_i} L_i`` with ``L_i`` the loss
-of sample i, and the features ``z`` of a frozen encoder, which are constants:
+CalSAM (Khan and Syed), Eq. 3 and Algorithm 1: the task loss plus ``weight * penalty``, where the penalty is the
+squared norm of ``g_i = grad_{z_i} L_i``, the gradient of sample i's loss with respect to its features ``z_i`` of a
+frozen encoder, which are constants.  ``fisher_readings`` says what exactly is averaged.  By default
+``1/2 mean_i |z_i|^2 |g_i|^2``, half the squared elasticity of the loss: it has no unit and does not change with the
+scale or the number of the features.  Weights from 0.01 to 0.3 matter, 1 and more destroy the segmentation.  The
+letter of the paper, ``normalisation="raw"``, is tiny with voxel-mean losses and does nothing at the paper's weight.
 
-* ``raw``, the letter of the paper: ``1/2 mean_i |g_i|^2``.  With voxel-mean losses it is tiny and does
-  nothing at the paper's weight.
-* ``relative``: ``1/2 mean_i |z_i|^2 |g_i|^2``, half the squared elasticity of the loss.  It has no unit and
-  does not change with the scale or the number of the features.  Weights from 0.01 to 0.3 matter, 1 and more
-  destroy the segmentation.
+Modes, by how the gradient of the penalty is found:
 
-The derivative is exact, by reverse mode over reverse mode.  One backward pass of ``sum_i L_i`` gives every
-``g_i``, which holds for decoders that do not mix samples (no batch statistics).
+* ``exact``: reverse mode over reverse mode; the default;
+* ``finite_difference``: three first-order gradients; for decoders without a second derivative.  Its error is 1e-3
+  on a smooth decoder; with ReLU, whose kinks a difference sees and a derivative does not, 0.2 in the median sample of
+  SAM's, and more in some;
+* ``stochastic``: exact, on a random ``fraction`` of the samples (of the patches for ``centered``); unbiased;
+* ``every_k``: exact, on every ``every``-th step, times ``every``;
+* ``perturbed``: one gradient at shifted features, wrong unless the shift is small (``check_measurements``).  That is
+  necessary, not sufficient: for decoders without kinks only; on SAM's it is useless (error 16 at a shift of 0.06).
+
+Reverse over reverse because it is the cheapest exact way: one forward pass gives task and penalty, and a layer costs
+6 matrix products against 3 of the plain step.  The others must know ``v = d penalty / d g`` before they start.  XLA's
+FLOPs and memory on SAM's decoder (16 x 16 x 256 features, two samples, CPU), as multiples of the plain step: reverse
+over reverse 2.07 and 3.0, reverse over forward (the gradient of ``<g, v>``, a ``jvp``) 2.65 and 3.0, ``linearize`` of
+the parameters' gradient 2.99 and 4.2, forward over reverse 3.56 and 5.3.  With larger features the memory falls to
+2.0; ``remat`` makes it 1.0 for two samples.  ``jax.checkpoint`` of the loss only makes it larger.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from calsegx.interfaces import Params, UsageError
-from calsegx.losses import cross_entropy
+from calsegx.losses import cross_entropy, fisher_modes, fisher_readings
+from calsegx.losses.fisher_check import check_measurements, second_derivative_check, usable
+from calsegx.losses.fisher_modes import LossFunction, PerSample, Task
+from calsegx.losses.fisher_readings import NORMALISATIONS, READINGS, Patch, sample_labels
 
-PerSample = Float[Array, " B"]
-Task = PerSample | dict[str, PerSample]  # one loss, or named terms that are added
-LossFunction = Callable[..., PerSample | tuple[Task, PerSample]]  # (params, z, *args)
+__all__ = [
+    "FIRST_ORDER_MODES",
+    "MODES",
+    "NORMALISATIONS",
+    "PENALTY_MEASUREMENTS",
+    "READINGS",
+    "check_measurements",
+    "penalty",
+    "sample_labels",
+    "second_derivative_check",
+    "usable",
+    "value_and_grad",
+]
+
+MODES = ("exact", "finite_difference", "stochastic", "every_k", "perturbed")
+FIRST_ORDER_MODES = ("finite_difference", "perturbed")  # they need no second derivative
+PENALTY_MEASUREMENTS = ("penalty", "ratio", "feature_gradient_norm")  # 0 in the steps that ``every_k`` leaves out
+
 Measurements = dict[str, Float[Array, ""]]
-
-NORMALISATIONS = ("relative", "raw")
-_DIRECTIONS = 2  # of the check: one alone might be a direction along which nothing happens
-_STEPS = (1e-8, 1e-2)  # of the check, in units of each parameter's root mean square
+Step = Callable[..., tuple[tuple[Float[Array, ""], Measurements], Params]]
 
 
 def penalty(
@@ -41,177 +67,203 @@ def penalty(
     params: Params,
     z: Float[Array, "B ..."],
     *args: Any,
+    reading: str = "per_sample",
     normalisation: str = "relative",
+    patch: Patch | None = None,
 ) -> tuple[Float[Array, ""], tuple[Task, PerSample]]:
-    """The penalty, the task loss of the same forward pass, and the squared norms of the feature gradients.
+    """The exact penalty, the task loss of the same forward pass, and the squared norms of the feature gradients.
 
     Args:
         loss_fn: ``(params, z, *args)`` to one loss per sample, or to a pair (task, penalised) of them.
         params: what the decoder learns.
         z: features, in at least float32.
         args: passed on to ``loss_fn``.
+        reading: see ``value_and_grad``, as the next two.
         normalisation: ``relative`` or ``raw``.
+        patch: for ``centered``.
 
     Returns:
         ``penalty, (task [B], |g_i|^2 [B])``.
+
+    Raises:
+        UsageError: for an unknown reading or normalisation, or a patch that does not fit.
     """
-
-    def summed(features: Array) -> tuple[Array, Task]:
-        task, penalised = _pair(loss_fn(params, features, *args))
-        return jnp.sum(penalised), task
-
-    gradient, task = jax.grad(summed, has_aux=True)(z)
-    squared_norms = _squared_norm_per_sample(gradient)
-    scale = _squared_norm_per_sample(z) if normalisation == "relative" else 1.0
-    return 0.5 * jnp.mean(scale * squared_norms), (task, squared_norms)
+    _check_reading(reading, normalisation, patch)
+    gradient, task = fisher_modes.feature_gradient(loss_fn, params, z, args)
+    values = fisher_readings.contributions(
+        gradient, z, reading=reading, normalisation=normalisation, patch=patch, batch=z.shape[0]
+    )
+    return jnp.mean(values), (task, fisher_readings.squared_norms(gradient))
 
 
 def value_and_grad(
-    loss_fn: LossFunction, *, weight: float = 0.1, normalisation: str = "relative"
-) -> Callable[..., tuple[tuple[Float[Array, ""], Measurements], Params]]:
+    loss_fn: LossFunction,
+    *,
+    weight: float = 0.1,
+    mode: str = "exact",
+    reading: str = "per_sample",
+    normalisation: str = "relative",
+    patch: Patch | None = None,
+    fraction: float = 0.125,
+    every: int = 8,
+    remat: bool = False,
+    batched_args: tuple[int, ...] | None = None,
+) -> Step:
     """Differentiate ``mean(task) + weight * weight_scale * penalty`` with respect to the parameters.
 
     Args:
         loss_fn: ``(params, z, *args)`` to one loss per sample ``[B]``, or to a pair (task ``[B]``, penalised
             ``[B]``) from one forward pass; usually the penalised one is the voxel-mean cross-entropy.  The
             task may be a dict of terms ``[B]``: their sum is the task loss, the mean of each is measured.
-        weight: lambda_1 >= 0.  At 0 the step is the plain one: no second derivative is computed.
+        weight: lambda_1 >= 0.  At 0 the step is the plain one: no penalty is computed.
+        mode: see the module.
+        reading: ``per_sample``, ``batch_mean``, ``elementwise_mean`` or ``centered``, see ``fisher_readings``.
         normalisation: ``relative`` or ``raw``, see the module.
+        patch: for ``centered``, token positions per patch along every token axis of ``z [B, *tokens, C]``; the
+            gradients inside a patch are summed, since its positions share one embedding.  None: each position is a
+            patch.  SAM's features have one position per 16 x 16 pixels of the encoder frame, so that patches of
+            16 x 16 x 16 voxels are ``z [volumes, D, h, w, C]`` with ``patch=(16, 1, 1)`` where a pixel is a voxel
+            (``(16, s, s)`` where the frame is enlarged ``s`` times); ``loss_fn`` then decodes ``z`` as ``volumes * D``
+            slices and gives one loss per volume.
+        fraction: of ``stochastic``: the share of the samples that is penalised, at least one sample.  With
+            ``centered`` the share of the patches, at the full price: the mean gradient needs all of them.
+        every: of ``every_k``.
+        remat: sample after sample, for the memory of one; not with ``centered``, whose samples are tied.
+        batched_args: which of ``args`` carry the batch axis (arrays or trees of them), for ``stochastic`` and
+            ``remat``, which take samples apart; None: all.
 
     Returns:
-        ``step(params, z, *args, weight_scale=1.0) -> ((total, measurements), grads)``.  ``weight_scale`` may
-        be traced (a warm-up).  ``z`` is used in float32, or in its own precision where that is higher.
-        Measurements, all scalars: ``loss`` (mean task loss), ``gradient_norm`` (of ``grads``) and, where the
-        weight is not 0, ``penalty``, ``ratio`` (weight * penalty / loss, without the warm-up) and
-        ``feature_gradient_norm`` (root mean square over samples of ``|g_i|``).
+        ``step(params, z, *args, weight_scale=1.0, rng=None, step=None) -> ((total, measurements), grads)``.
+        ``weight_scale`` may be traced (a warm-up), ``rng`` is a key (for ``stochastic``), ``step`` the step's number
+        (for ``every_k``, which penalises where ``step % every == 0``).  ``z`` is used in float32, or in its own
+        precision where that is higher.  ``total`` is the differentiated objective.  Measurements, all scalars:
+        ``loss`` (mean task loss), ``gradient_norm`` (of ``grads``) and, where the weight is not 0, ``penalty``,
+        ``ratio`` (weight * penalty / loss, without the warm-up), ``feature_gradient_norm`` (root mean square over
+        samples of ``|g_i|``), the three of the penalised samples, and 0 in the steps that ``every_k`` leaves out; for
+        ``perturbed`` also ``shift``, the largest ``|shift_i| / |z_i|`` (see ``check_measurements``).
 
     Raises:
-        UsageError: for an unknown normalisation or a negative or infinite weight.
+        UsageError: for an option that is unknown, out of its range or in no use with the others; in the step, for a
+            missing ``rng`` or ``step``, a patch that does not fit, or an argument without the batch axis.
     """
-    if normalisation not in NORMALISATIONS:
-        raise UsageError(f"Fisher normalisation {normalisation!r} is not known; use {' or '.join(NORMALISATIONS)}.")
-    if not (math.isfinite(weight) and weight >= 0):
-        raise UsageError(f"Fisher weight {weight} must be finite and at least 0; 0.1 is a good start.")
+    _check_reading(reading, normalisation, patch)
+    _check_mode(weight, mode, reading, fraction, every, remat)
+    base = {"finite_difference": fisher_modes.finite_difference, "perturbed": fisher_modes.perturbed}.get(
+        mode, fisher_modes.exact
+    )
 
     def step(
-        params: Params, z: Float[Array, "B ..."], *args: Any, weight_scale: float | Array = 1.0
+        params: Params,
+        z: Float[Array, "B ..."],
+        *args: Any,
+        weight_scale: float | Array = 1.0,
+        rng: Array | None = None,
+        step: int | Array | None = None,
     ) -> tuple[tuple[Float[Array, ""], Measurements], Params]:
         z = cross_entropy.at_least_float32(z)
+        if weight == 0:
+            task, grads = fisher_modes.plain(loss_fn, params, z, args)
+            loss, measurements = _measure_task(task)
+            return (loss, measurements | {"gradient_norm": _global_norm(grads)}), grads
 
-        def plain(params: Params) -> tuple[Array, Measurements]:
-            return _mean_task(_pair(loss_fn(params, z, *args))[0])
+        batch, scaled, kept = z.shape[0], weight * weight_scale, None
+        batched = tuple(batched_args is None or index in batched_args for index in range(len(args)))
+        compute = base
+        if remat:
+            _check_batched(batched, args, batch)
+            compute = fisher_modes.one_at_a_time(base, batched)
+        if mode == "stochastic":
+            if rng is None:
+                raise UsageError("The Fisher mode 'stochastic' needs a key: step(..., rng=jax.random.key(...)).")
+            if reading == "centered":
+                kept = _random_patches(rng, batch, fisher_readings.count_patches(z.shape, patch), fraction)
+            else:
+                _check_batched(batched, args, batch)
+                size = max(1, round(fraction * batch))
+                compute = fisher_modes.on_a_subset(compute, batched, rng, size)
+        elif mode == "every_k":
+            if step is None:
+                raise UsageError("The Fisher mode 'every_k' needs the number of the step: step(..., step=number).")
+            scaled = scaled * every
+            compute = fisher_modes.on_condition(compute, jnp.asarray(step) % every == 0)
 
-        def penalised(params: Params) -> tuple[Array, Measurements]:
-            value, (task, squared_norms) = penalty(loss_fn, params, z, *args, normalisation=normalisation)
-            loss, measurements = _mean_task(task)
-            measurements |= {
-                "penalty": value,
-                "ratio": weight * value / loss,
-                "feature_gradient_norm": jnp.sqrt(jnp.mean(squared_norms)),
-            }
-            return loss + weight * weight_scale * value, measurements
+        def form(gradient: Array, features: Array) -> PerSample:
+            return fisher_readings.contributions(
+                gradient,
+                features,
+                reading=reading,
+                normalisation=normalisation,
+                patch=patch,
+                batch=batch,
+                kept=kept,
+            )
 
-        objective = plain if weight == 0 else penalised
-        (total, measurements), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        return (total, measurements | {"gradient_norm": _global_norm(grads)}), grads
+        outcome = compute(loss_fn, form, params, z, args, scaled)
+        loss, measurements = _measure_task(outcome.task)
+        value = jnp.mean(outcome.contributions)
+        measurements |= {
+            "penalty": value,
+            "ratio": weight * value / loss,
+            "feature_gradient_norm": jnp.sqrt(jnp.mean(outcome.squared_norms)),
+            "gradient_norm": _global_norm(outcome.grads),
+        }
+        if mode == "perturbed":
+            measurements["shift"] = jnp.max(outcome.shifts)
+        return (loss + scaled * value, measurements), outcome.grads
 
     return step
 
 
-def second_derivative_check(
-    loss_fn: LossFunction,
-    params: Params,
-    z: Float[Array, "B ..."],
-    *args: Any,
-    seed: int = 0,
-    tolerance: float = 0.1,
-) -> None:
-    """Make sure that the penalty's gradient exists, by finite differences of first-order penalties.
+def _check_reading(reading: str, normalisation: str, patch: Patch | None) -> None:
+    if reading not in READINGS:
+        raise UsageError(f"Fisher reading {reading!r} is not known; use {', '.join(READINGS[:-1])} or {READINGS[-1]}.")
+    if normalisation not in NORMALISATIONS:
+        raise UsageError(f"Fisher normalisation {normalisation!r} is not known; use {' or '.join(NORMALISATIONS)}.")
+    if patch is not None and reading != "centered":
+        raise UsageError(f"Fisher patch {patch} is only for the reading 'centered', not {reading!r}; leave it out.")
+    if patch is not None and not all(isinstance(size, int) and size > 0 for size in patch):
+        raise UsageError(f"Fisher patch {patch} must hold whole numbers of at least 1, one for each token axis.")
 
-    A ``stop_gradient`` or a ``custom_vjp`` whose backward rule cannot be differentiated (a fused attention
-    kernel) can leave the first derivative right and drop terms of the second without a word.  Along random
-    directions of the parameters, the derivative of the raw penalty by ``jax.grad`` is compared with a central
-    difference, which needs no second derivative.
 
-    It runs in float64: where ReLU units switch the first derivative jumps, so that only a step too small for
-    float32 is free of jumps (measured on SAM's decoder: relative error 2e-8 at the step 1e-8, 0.6 at 1e-2).
-    The large step is for decoders that insist on float32; those must be smooth.
+def _check_mode(weight: float, mode: str, reading: str, fraction: float, every: int, remat: bool) -> None:
+    if mode not in MODES:
+        raise UsageError(f"Fisher mode {mode!r} is not known; use {', '.join(MODES[:-1])} or {MODES[-1]}.")
+    if not (math.isfinite(weight) and weight >= 0):
+        raise UsageError(f"Fisher weight {weight} must be finite and at least 0; 0.1 is a good start.")
+    if not 0 < fraction <= 1:
+        raise UsageError(f"Fisher fraction {fraction} must be above 0 and at most 1; 0.125 is a good start.")
+    if every != int(every) or every < 1:
+        raise UsageError(f"Fisher every {every} must be a whole number of at least 1; 8 is a good start.")
+    if remat and reading == "centered":
+        raise UsageError(
+            "Fisher remat=True takes sample after sample, but the reading 'centered' needs all samples for its mean "
+            "gradient; use another reading or remat=False."
+        )
 
-    Args:
-        loss_fn: as in ``value_and_grad``.
-        params: the parameters to check at.
-        z: features; two samples are plenty.
-        args: passed on to ``loss_fn``; arrays, or trees of them.
-        seed: of the random directions.
-        tolerance: of the relative error over all directions.
 
-    Raises:
-        ValueError: when the two differ, or when the penalty is zero or not finite.
-    """
-
-    @jax.jit
-    def evaluate(params: Params, z: Array, args: tuple[Any, ...]) -> tuple[Array, Params]:
-        # args are arguments, not a closure: frozen weights would become huge constants.
-        params, z, args = jax.tree.map(_to_float64, (params, z, args))
-        return jax.value_and_grad(lambda p: penalty(loss_fn, p, z, *args, normalisation="raw")[0])(params)
-
-    rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
-    directions = [_random_direction(rng, params) for _ in range(_DIRECTIONS)]
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        value, gradient = jax.tree.map(np.asarray, evaluate(params, z, args))
-        if not 0 < value < np.inf:
-            raise ValueError(
-                f"The Fisher penalty is {value}: the loss must be finite and its gradient must reach the "
-                "features; look for a stop_gradient between them."
-            )
-        slopes = [sum(jax.tree.leaves(jax.tree.map(np.vdot, gradient, d))) for d in directions]
-        for step in _STEPS:
-            differences = []
-            for direction in directions:
-                ahead, behind = (
-                    float(evaluate(jax.tree.map(lambda p, d, s=s: p + s * d, params, direction), z, args)[0])
-                    for s in (step, -step)
+def _check_batched(batched: tuple[bool, ...], args: tuple[Any, ...], batch: int) -> None:
+    for index, arg in enumerate(fisher_modes.only(batched, args)):
+        for leaf in jax.tree.leaves(arg):
+            if jnp.ndim(leaf) == 0 or leaf.shape[0] != batch:
+                raise UsageError(
+                    f"Argument {index} of the Fisher loss has an array of shape {jnp.shape(leaf)} without the batch "
+                    f"axis of {batch}; name the arguments that carry it with batched_args."
                 )
-                differences.append((ahead - behind) / (2 * step))
-            if np.linalg.norm(np.subtract(slopes, differences)) <= tolerance * np.linalg.norm(differences):
-                return
-    raise ValueError(
-        "The second derivative of the loss is wrong: along random directions the gradient of the Fisher "
-        f"penalty is {np.array(slopes)}, finite differences say {np.array(differences)}; look for a "
-        "stop_gradient or a custom_vjp (a fused attention kernel) between the features and the loss."
-    )
 
 
-def _to_float64(leaf: Array) -> Array:
-    leaf = jnp.asarray(leaf)
-    return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+def _random_patches(rng: Array, batch: int, patches: int, fraction: float) -> Float[Array, "B P"]:
+    """Weights of a random share of all patches, of mean 1: chosen ones weigh ``number / chosen``, others 0."""
+    number = batch * patches
+    chosen = max(1, round(fraction * number))
+    weights = jnp.where(jnp.arange(number) < chosen, number / chosen, 0.0)
+    return jax.random.permutation(rng, weights).reshape(batch, patches)
 
 
-def _random_direction(rng: np.random.Generator, params: Params) -> Params:
-    """Normal numbers, scaled to each leaf's root mean square; a leaf of zeros gets that of all leaves."""
-    leaves = jax.tree.leaves(params)
-    overall = np.sqrt(sum(np.sum(leaf**2) for leaf in leaves) / sum(leaf.size for leaf in leaves))
-    return jax.tree.map(lambda p: (np.sqrt(np.mean(p**2)) or overall) * rng.normal(size=p.shape), params)
-
-
-def _pair(value: PerSample | tuple[Task, PerSample]) -> tuple[Task, PerSample]:
-    """(task, penalised); a loss function that gives one loss penalises that one."""
-    return value if isinstance(value, tuple) else (value, value)
-
-
-def _mean_task(task: Task) -> tuple[Float[Array, ""], Measurements]:
+def _measure_task(task: Task) -> tuple[Float[Array, ""], Measurements]:
     """The mean task loss, and what is measured of it: the loss and, by name, its terms."""
-    if not isinstance(task, dict):
-        loss = jnp.mean(task)
-        return loss, {"loss": loss}
-    terms = {name: jnp.mean(term) for name, term in task.items()}
-    loss = functools.reduce(jnp.add, terms.values())
+    loss = fisher_modes.mean_of(task)
+    terms = {name: jnp.mean(term) for name, term in task.items()} if isinstance(task, dict) else {}
     return loss, {"loss": loss} | terms
-
-
-def _squared_norm_per_sample(array: Float[Array, "B ..."]) -> PerSample:
-    return jnp.sum(jnp.square(array), axis=tuple(range(1, array.ndim)))
 
 
 def _global_norm(tree: Params) -> Float[Array, ""]:

@@ -1,10 +1,17 @@
-"""Fill the feature cache: every case and view once through the frozen encoder."""
+"""Fill the feature cache: every case and view once through the frozen encoder.
 
+Three things happen at once: a thread reads and prepares the next case, the device encodes the present one batch by
+batch, and a thread writes the one before.  Host memory holds the images of at most three cases and the features of
+two; the device holds two batches.
+"""
+
+import collections
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +25,13 @@ from calsegx.interfaces import Backbone, Case
 from calsegx.training import progress as progress_bar
 
 Prepare = Callable[[Case, np.random.Generator | None], "preprocessing.PreparedCase"]
+
+# Tokens (cells of the feature grid) that one device encodes per call: 16 slices of the tiny SAM or 1 of SAM at 1024
+# pixels on a CPU; 8 of the latter on an accelerator, whose attention weights then still fit a small one.
+CPU_TOKENS = 4096
+ACCELERATOR_TOKENS = 8 * CPU_TOKENS
+MOST_SLICES = 16  # per device and call: a case's last batch is filled up with zeros, which cost as much as slices
+IN_FLIGHT = 2  # batches on the device: one is computed while the one before is copied
 
 
 class CacheCounts(NamedTuple):
@@ -33,6 +47,43 @@ class _Job(NamedTuple):
     view: str
     fingerprint: str
     rng: np.random.Generator | None
+
+
+class _Prepared(NamedTuple):
+    case: "preprocessing.PreparedCase"
+    labels: np.ndarray | None  # at the decoder's resolution
+
+
+class _Writer:
+    """Calls ``write`` in a thread of its own, one call at a time; a context manager that waits for the last."""
+
+    def __init__(self, write: Callable[..., None]):
+        self._write = write
+        self._thread = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
+        self._running: futures.Future | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()  # a view that is being written is finished, also after Ctrl-C
+
+    def submit(self, *args: Any, **options: Any) -> None:
+        """Start a write, after the one before; raises that one's error."""
+        self.finish()
+        self._running = self._thread.submit(self._write, *args, **options)
+
+    def check(self) -> None:
+        """Raise the error of a write that failed; does not wait for one that goes on."""
+        if self._running is not None and self._running.done():
+            self._running.result()
+
+    def finish(self) -> None:
+        """Wait for the write that goes on; raises its error."""
+        if self._running is not None:
+            self._running.result()
 
 
 def view_names(count: int) -> list[str]:
@@ -67,7 +118,7 @@ def fill_cache(
         views: views per case, at least 1.
         seed: of the augmentation.
         num_classes: classes without the background.
-        batch_size: slices per encoder call; rounded up to a multiple of the number of devices.
+        batch_size: slices per encoder call, see ``encoder_batch``; 0: automatic.
         mesh: the devices.
         progress: whether to print the size, and a progress bar.
 
@@ -75,28 +126,35 @@ def fill_cache(
         How many views were computed and how many were present.
 
     Raises:
-        InputError: from ``prepare`` for a bad case, or when the disk refuses.
+        InputError: from ``prepare`` for a bad case, when its turn comes: those before it are in the cache.  When the
+            disk refuses, before the next batch.  Every view is in the cache whole or not at all, also after Ctrl-C.
     """
     jobs, present = _missing(cache, cases, views, seed)
     if not jobs:
         return CacheCounts(0, present, 0)
     encode = case_encoder(backbone, batch_size, mesh)
     slices = 0
-    with progress_bar.Progress("Encoding", len(jobs), "views", quiet=not progress) as bar:
-        for done, (job, prepared) in enumerate(_prepared_ahead(jobs, prepare)):
+    with (
+        progress_bar.Progress("Encoding", len(jobs), "views", quiet=not progress) as bar,
+        futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as reader,
+        _Writer(cache.write) as writer,
+    ):
+        for done, (job, prepared) in enumerate(_prepared_ahead(reader, jobs, prepare, num_classes)):
+            count = len(prepared.case.slices)
             if done == 0:
-                bar.say(_size_line(cache, len(jobs), present, len(prepared.slices), backbone.feature_shape))
-            cache.write(
+                bar.say(_size_line(cache, len(jobs), present, count, backbone.feature_shape))
+            writer.submit(
                 job.case.case_id,
                 job.view,
-                features=encode(prepared),
-                labels=_low_resolution(prepared, num_classes),
-                slices=prepared.slices,
-                prompts=prepared.prompts,
+                features=encode(prepared.case, writer.check),
+                labels=prepared.labels,
+                slices=prepared.case.slices,
+                prompts=prepared.case.prompts,
                 fingerprint=job.fingerprint,
             )
-            slices += len(prepared.slices)
+            slices += count
             bar.update(done + 1, job.case.case_id)
+        writer.finish()
     return CacheCounts(len(jobs), present, slices)
 
 
@@ -113,42 +171,77 @@ def _missing(cache: features.FeatureCache, cases: Sequence[Case], views: int, se
     return jobs, present
 
 
-def _prepared_ahead(jobs: Iterable[_Job], prepare: Prepare) -> Iterator[tuple[_Job, "preprocessing.PreparedCase"]]:
-    """Prepare one case ahead in a thread, so that reading files and encoding overlap."""
-    with futures.ThreadPoolExecutor(max_workers=1) as executor:
-        waiting = None
-        for job in jobs:
-            following = job, executor.submit(prepare, job.case, job.rng)
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = following
+def _prepared_ahead(
+    reader: futures.Executor, jobs: Iterable[_Job], prepare: Prepare, num_classes: int
+) -> Iterator[tuple[_Job, _Prepared]]:
+    """Prepare one case ahead in the reader's thread."""
+
+    def prepared(job: _Job) -> _Prepared:
+        case = prepare(job.case, job.rng)
+        return _Prepared(case, _low_resolution(case, num_classes))
+
+    waiting = None
+    for job in jobs:
+        following = job, reader.submit(prepared, job)
         if waiting is not None:
             yield waiting[0], waiting[1].result()
+        waiting = following
+    if waiting is not None:
+        yield waiting[0], waiting[1].result()
 
 
-def case_encoder(
-    backbone: Backbone, batch_size: int, mesh: Mesh
-) -> Callable[["preprocessing.PreparedCase"], np.ndarray]:
-    """Compile ``prepared case -> features [n, h, w, C]`` bfloat16, as the cache holds them; prediction uses it too.
+def encoder_batch(asked: int, feature_shape: Sequence[int], mesh: Mesh) -> int:
+    """Slices per encoder call: ``asked``, or for 0 the automatic choice; rounded up to a multiple of the devices.
 
-    Slices go through the encoder in batches of one shape (``batch_size``, rounded up to a multiple of the devices);
-    the last is filled up with zeros.
+    Automatic: per device as many slices as fit ``CPU_TOKENS`` or ``ACCELERATOR_TOKENS`` tokens (the cells ``h * w``
+    of ``feature_shape``), from 1 to ``MOST_SLICES``.  It depends on nothing else, so that an encoder compiles once.
     """
-    batch_size = -(-batch_size // mesh.size) * mesh.size
-    frozen = sharding.replicate(mesh, backbone.frozen)
-    compiled = jax.jit(lambda frozen, frames: backbone.encode(frozen, frames).astype(jnp.bfloat16))
+    height, width, _ = feature_shape
+    tokens = CPU_TOKENS if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR_TOKENS
+    batch = asked or min(MOST_SLICES, max(1, tokens // (height * width))) * mesh.size
+    return -(-batch // mesh.size) * mesh.size
 
-    def encode(prepared: "preprocessing.PreparedCase") -> np.ndarray:
-        encoded = [np.zeros((0, *backbone.feature_shape), features.BFLOAT16)]
-        for start in range(0, len(prepared.slices), batch_size):
-            images = prepared.images[start : start + batch_size]
-            frames = preprocessing.to_frame(images, prepared.geometry, backbone.pixel_mean, backbone.pixel_std)
-            filled = np.zeros((batch_size, *frames.shape[1:]), np.float32)
-            filled[: len(frames)] = frames
-            encoded.append(np.asarray(compiled(frozen, sharding.shard_batch(mesh, filled)))[: len(frames)])
-        return np.concatenate(encoded)
+
+def case_encoder(backbone: Backbone, batch_size: int, mesh: Mesh) -> Callable[..., np.ndarray]:
+    """Compile ``(prepared case, between) -> features [n, h, w, C]`` bfloat16, as the cache holds them.
+
+    Prediction uses it too.  Slices go through the encoder in batches of one shape (``encoder_batch``; 0: automatic),
+    split over the devices; the last is filled up with zeros.  A batch starts before the one before it is copied to
+    the host, and no more than ``IN_FLIGHT`` are on the device.  ``between`` is called before each batch; it may raise.
+    """
+    batch_size = encoder_batch(batch_size, backbone.feature_shape, mesh)
+    params = sharding.replicate(mesh, backbone.encoder)
+    whole, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+    compiled = jax.jit(
+        lambda params, frames: backbone.encode(params, frames).astype(jnp.bfloat16),
+        in_shardings=(whole, split),
+        out_shardings=split,
+    )
+
+    def start(prepared: "preprocessing.PreparedCase", first: int) -> jax.Array:
+        images = prepared.images[first : first + batch_size]
+        frames = preprocessing.to_frame(images, prepared.geometry, backbone.pixel_mean, backbone.pixel_std)
+        filled = np.zeros((batch_size, *frames.shape[1:]), np.float32)
+        filled[: len(frames)] = frames
+        return compiled(params, sharding.shard_batch(mesh, filled))
+
+    def encode(prepared: "preprocessing.PreparedCase", between: Callable[[], None] = lambda: None) -> np.ndarray:
+        encoded = np.empty((len(prepared.slices), *backbone.feature_shape), features.BFLOAT16)
+        running: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
+        for first in range(0, len(encoded), batch_size):
+            between()
+            running.append((encoded[first : first + batch_size], start(prepared, first)))
+            if len(running) == IN_FLIGHT:
+                _copy(*running.popleft())
+        while running:
+            _copy(*running.popleft())
+        return encoded
 
     return encode
+
+
+def _copy(rows: np.ndarray, batch: jax.Array) -> None:
+    rows[...] = np.asarray(batch)[: len(rows)]
 
 
 def _low_resolution(prepared: "preprocessing.PreparedCase", num_classes: int) -> np.ndarray | None:

@@ -21,7 +21,7 @@ KEPT = 2  # the newest checkpoints; the one before the newest is there when the 
 # What may change between the parts of one run: none of it changes a number of the result.  Whether the data
 # and the weights are still the same is seen from their fingerprints, wherever they lie.
 MAY_DIFFER = ("config.log_every", "config.save_every", "config.validate_every", "config.data.root",
-              "config.data.cache", "config.model.weights", "devices")  # fmt: skip
+              "config.data.cache", "config.model.weights", "config.model.encoder_batch", "devices")  # fmt: skip
 
 
 class Checkpoints:

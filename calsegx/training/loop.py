@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ def train(
         terms = task_loss, penalised_loss, confidence_loss
         take_step = train_step.make_train_step(backbone.decode, backbone.frozen, *terms, config, optimizer, mesh)
         evaluate = train_step.make_eval_step(backbone.decode, backbone.frozen, task_loss, mesh)
-        _check_second_derivative(config, backbone, cache, train_case_ids, *terms)
+        note = _check_second_derivative(config, backbone, cache, train_case_ids, *terms)
 
         # ---------------------------------------------------------------------------------------- resume
         record = {
@@ -117,11 +116,10 @@ def train(
             "training data": _data_fingerprint(cache, train_case_ids, views),
             "devices": mesh.size,
         }
-        note = ""
         if resume:
             state, before = saved.restore(start, train_state.abstract_state(state), batches, record)
             if before["devices"] != mesh.size:
-                note = f" Saved on {before['devices']} devices: sums round differently on another number."
+                note += f" Saved on {before['devices']} devices: sums round differently on another number."
         log = metrics_log.MetricsLog(workdir / "metrics.jsonl", start)
 
         # ------------------------------------------------------------------------------------------ loop
@@ -222,22 +220,31 @@ def _check_second_derivative(
     task_loss: Loss,
     penalised_loss: Loss,
     confidence_loss: Loss | None,
-) -> None:
-    """Without a second derivative the penalty would silently be wrong; find out on two slices."""
+) -> str:
+    """Without a second derivative the penalty would silently be wrong; find out on two slices.
+
+    Returns:
+        What to tell the user where the mode needs no such check, or nothing.
+    """
     with_fisher, _ = configs.METHODS[config.method]
     if not with_fisher or config.fisher.weight == 0:
-        return
+        return ""
+    if config.fisher.mode in fisher.FIRST_ORDER_MODES:
+        return f" The Fisher mode {config.fisher.mode!r} needs no second derivative, so none is checked."
     loss_fn = train_step.make_loss_fn(backbone.decode, task_loss, penalised_loss, confidence_loss, config)
     batch, _ = pipeline.evaluation_batches(cache, case_ids, 2, config.protocol, 1)[0]
+    keys = jax.random.split(jax.random.key(config.seed), len(batch.features))
     try:
         fisher.second_derivative_check(
-            loss_fn, backbone.trainable, batch.features, backbone.frozen, batch.labels, batch.prompts
+            loss_fn, backbone.trainable, batch.features, backbone.frozen, batch.labels, batch.prompts, keys
         )
     except ValueError as error:
         raise InputError(
             f"The Fisher penalty does not work with this backbone and loss: {error} Choose another "
-            "--config.loss or --config.model.backbone, or a --config.method without the Fisher penalty."
+            "--config.loss or --config.model.backbone, --config.fisher.mode=finite_difference, or a --config.method "
+            "without the Fisher penalty."
         ) from error
+    return ""
 
 
 def _data_fingerprint(cache: feature_cache.FeatureCache, case_ids: Sequence[str], views: Sequence[str]) -> str:
@@ -249,18 +256,23 @@ def _data_fingerprint(cache: feature_cache.FeatureCache, case_ids: Sequence[str]
 def _fetch_finite(
     waiting: Sequence[tuple[int, Mapping[str, jax.Array]]], saved: checkpoints.Checkpoints
 ) -> dict[str, float]:
-    """The measurements of the last step; one copy from the device for all steps since the last time."""
+    """The measurements of the last step; one copy from the device for all steps since the last time.
+
+    Those of the penalty are of the last step that computed it: the Fisher mode ``every_k`` leaves steps out.
+    """
+    latest = saved.latest_step()
+    kept = f"the checkpoint of step {latest} is kept" if latest else "no checkpoint was written yet"
+    advice = (
+        f"this step was not trained on, and {kept} in {saved.folder}; train again in another --workdir with a lower "
+        "--config.optimizer.learning_rate or --config.fisher.weight, or another --config.fisher.mode"
+    )
+    of_penalty: dict[str, float] = {}
     for step, measurements in jax.device_get(list(waiting)):
         values = {name: float(value) for name, value in measurements.items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            latest = saved.latest_step()
-            kept = f"the checkpoint of step {latest} is kept" if latest else "no checkpoint was written yet"
-            raise InputError(
-                f"Training stopped at step {step}: the loss is {values['loss']} and the gradient norm "
-                f"{values['gradient_norm']} ({kept} in {saved.folder}); train again in another --workdir "
-                "with a lower --config.optimizer.learning_rate or --config.fisher.weight."
-            )
-    return values
+        fisher.check_measurements(values, step, advice)
+        if values.get("penalty"):
+            of_penalty = {name: values[name] for name in fisher.PENALTY_MEASUREMENTS}
+    return values | of_penalty
 
 
 def _validation_loss(evaluate: Any, params: Params, batches: Sequence[tuple[Batch, int]], mesh: Mesh) -> float:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from calsegx import configs, sharding
-from calsegx.interfaces import Batch, Loss, Params, Prompts
+from calsegx.interfaces import Batch, Loss, Params, Prompts, UsageError
 from calsegx.losses import fisher
 from calsegx.training import state as train_state
 
@@ -32,6 +32,8 @@ def make_loss_fn(
 ) -> Callable[..., tuple[Terms, Float[Array, " B"]]]:
     """The loss function of ``fisher.value_and_grad``: one decoder pass gives every term.
 
+    With ``config.fisher.labels`` ``sampled`` the penalised loss is that of labels drawn from the model.
+
     Args:
         decode: ``Backbone.decode``.
         task_loss: what is minimised.
@@ -40,8 +42,8 @@ def make_loss_fn(
         config: of the run.
 
     Returns:
-        ``(params, features, frozen, labels, prompts) -> ({"task": [B], "cmp": [B]}, penalised [B])``; ``cmp``
-        is already weighted.
+        ``(params, features, frozen, labels, prompts, keys) -> ({"task": [B], "cmp": [B]}, penalised [B])``; ``cmp``
+        is already weighted, ``keys [B]`` are of the sampled labels.
     """
 
     def loss_fn(
@@ -50,11 +52,16 @@ def make_loss_fn(
         frozen: Params,
         labels: Int[Array, "B H W"],
         prompts: Prompts,
+        keys: Key[Array, " B"] | None = None,
     ) -> tuple[Terms, Float[Array, " B"]]:
         logits = decode(params, frozen, features, prompts)
         terms = {"task": task_loss(logits, labels)}
         if confidence_loss is not None:
             terms["cmp"] = config.cmp.weight * confidence_loss(logits, labels)
+        if config.fisher.labels == "sampled":
+            if keys is None:
+                raise UsageError("Sampled labels (--config.fisher.labels) need the argument keys, one per sample.")
+            labels = fisher.sample_labels(keys, logits)
         return terms, penalised_loss(logits, labels)
 
     return loss_fn
@@ -90,38 +97,60 @@ def make_train_step(
 
     Returns:
         ``(state, batch) -> (state, measurements)``.  The old state is donated: its arrays are gone
-        afterwards. Measurements, float32 scalars: ``loss`` (without the Fisher penalty), ``task``,
+        afterwards.  Where ``fisher.usable`` refuses the measurements (something is not finite), the state stays as
+        it was.  Measurements, float32 scalars: ``loss`` (without the Fisher penalty), ``task``,
         ``gradient_norm`` (before clipping), ``learning_rate``; with the confidence penalty ``cmp`` (without
         its weight); with the Fisher penalty ``penalty``, ``ratio`` (weighted penalty over loss, without the
-        warm-up) and ``feature_gradient_norm``.
+        warm-up), ``feature_gradient_norm`` and, of the mode ``perturbed``, ``shift``.
+
+    Raises:
+        UsageError: for ``config.fisher.remat`` on more than one device.
     """
     with_fisher, with_confidence = configs.METHODS[config.method]
+    if with_fisher and config.fisher.remat and mesh.size > 1:
+        raise UsageError(
+            f"--config.fisher.remat takes slice after slice, which would leave {mesh.size - 1} of {mesh.size} devices "
+            "idle; leave it out, or train on one device."
+        )
     with_confidence = with_confidence and config.cmp.weight > 0
     loss_fn = make_loss_fn(decode, task_loss, penalised_loss, confidence_loss if with_confidence else None, config)
     value_and_grad = fisher.value_and_grad(
         loss_fn,
         weight=config.fisher.weight if with_fisher else 0.0,
+        mode=config.fisher.mode,
+        reading=config.fisher.reading,
         normalisation=config.fisher.normalisation,
+        fraction=config.fisher.fraction,
+        every=config.fisher.every,
+        remat=config.fisher.remat,
+        batched_args=(1, 2, 3),
     )
     schedule = train_state.learning_rate(config)
 
     def step(
         state: train_state.TrainState, frozen: Params, batch: Batch
     ) -> tuple[train_state.TrainState, Measurements]:
+        subset_key, label_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+        sampled = config.fisher.labels == "sampled"
         (_, measurements), gradients = value_and_grad(
             state.params,
             batch.features,
             frozen,
             batch.labels,
             batch.prompts,
+            jax.random.split(label_key, batch.features.shape[0]) if sampled else None,
             weight_scale=warmup(config, state.step),
+            rng=subset_key,
+            step=state.step,
         )
         if with_confidence:
             measurements["cmp"] = measurements["cmp"] / config.cmp.weight
         measurements["learning_rate"] = jnp.asarray(schedule(state.step))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        return train_state.TrainState(state.step + 1, params, opt_state), measurements
+        new = train_state.TrainState(state.step + 1, params, opt_state)
+        usable = fisher.usable(measurements)
+        return jax.tree.map(lambda after, before: jnp.where(usable, after, before), new, state), measurements
 
     whole, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
     compiled = jax.jit(step, in_shardings=(whole, whole, split), out_shardings=(whole, whole), donate_argnums=(0,))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calsegx.interfaces import Prompts
+from calsegx.interfaces import Prompts, UsageError
 from calsegx.models import sam
 from calsegx.models.sam import attention, image_encoder, model, weights
 from tests.golden import detweights
@@ -74,7 +74,7 @@ def test_row_blocked_attention_equals_whole(monkeypatch):
     config, params = tiny()
     x = jax.random.normal(jax.random.key(0), (1, 3 * 16, 2 * 16, 3))
     whole = sam.encode(config, params, x)
-    monkeypatch.setattr(attention, "ROW_BLOCK_TOKENS", 1)
+    monkeypatch.setattr(attention, "LOGIT_BYTES_CPU", 1)
     np.testing.assert_allclose(sam.encode(config, params, x), whole, atol=2e-5, rtol=0)
 
 
@@ -106,29 +106,71 @@ def test_prompts_and_masks(case):
     g = golden()
     z = jnp.repeat(jnp.asarray(g["encoder/neck"].transpose(0, 2, 3, 1)), len(g[f"{case}/low_res_multi"]), axis=0)
     prompts = prompts_of(case)
-    sparse, dense, position = model.embed_prompts(config, params["prompt_encoder"], z, prompts)
+    sparse, dense, position, _ = model.embed_prompts(config, params["prompt_encoder"], z, prompts)
     np.testing.assert_allclose(sparse, g[f"{case}/sparse"], atol=5e-6, rtol=0)
     np.testing.assert_allclose(position, g["dense_pe"][0].transpose(1, 2, 0), atol=5e-6, rtol=0)
     if case == "mask":
         np.testing.assert_allclose(dense, g["mask/dense"].transpose(0, 2, 3, 1), atol=2e-5, rtol=0)
     for multimask, name in ((True, "multi"), (False, "single")):
-        logits, iou = sam.decode(config, params, z, prompts, multimask=multimask)
+        logits, iou = sam.decode(config, params, z, prompts, multimask=multimask, ignore_padding=False)
         np.testing.assert_allclose(logits, g[f"{case}/low_res_{name}"], atol=1e-4, rtol=0)
         np.testing.assert_allclose(iou, g[f"{case}/iou_{name}"], atol=1e-5, rtol=0)
 
 
-def test_padded_points_equal_unpadded():
-    config, params = tiny()
-    z = jax.random.normal(jax.random.key(1), (1, 16, 16, 256))
-    points, labels = jnp.array([[[30.0, 40.0]]]), jnp.array([[1]])
-    embed = lambda p: model.embed_prompts(config, params["prompt_encoder"], z, p)[0]
-    plain = embed(Prompts(points=points, labels=labels))
-    padded = embed(Prompts(points=jnp.pad(points, ((0, 0), (0, 1), (0, 0))), labels=jnp.array([[1, -1]])))
-    np.testing.assert_allclose(padded[:, :2], plain, atol=1e-6)
+def features(count):
+    return jnp.repeat(jnp.asarray(golden()["encoder/neck"].transpose(0, 2, 3, 1)), count, axis=0)
+
+
+@functools.cache
+def decode():
+    config = tiny()[0]
+    return jax.jit(functools.partial(sam.decode, config), static_argnames=("multimask", "ignore_padding"))
+
+
+@pytest.mark.parametrize("boxes", [None, [[30.0, 40.0, 180.0, 121.5]]])
+def test_padded_points_give_the_unpadded_result(boxes):
+    params = tiny()[1]
+    boxes = None if boxes is None else jnp.array(boxes)
+    plain = Prompts(points=jnp.array([[[30.0, 40.0]]]), labels=jnp.array([[1]]), boxes=boxes)
+    padded = plain._replace(points=jnp.array([[[9.0, 9.0], [30.0, 40.0], [0.0, 0.0]]]), labels=jnp.array([[-1, 1, -1]]))
+    expected = decode()(params, features(1), plain)
+    for actual, wanted in zip(decode()(params, features(1), padded), expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-4, rtol=0)
+    attended = decode()(params, features(1), padded, ignore_padding=False)
+    assert np.abs(attended[0] - expected[0]).max() > 0.1
+
+
+def test_groups_of_prompts_per_image():
+    """[images, groups, ...] equals one group at a time; one image serves any number of groups."""
+    params = tiny()[1]
+    z = features(2) * jnp.array([1.0, 0.5])[:, None, None, None]
+    rng = np.random.default_rng(0)
+    points, labels = rng.uniform(0, 255, (2, 3, 2, 2)).astype(np.float32), np.array([[[1, 0]] * 3] * 2)
+    logits, iou = decode()(params, z, Prompts(points=points, labels=labels))
+    assert logits.shape == (2, 3, 3, 64, 64) and iou.shape == (2, 3, 3)
+    for group in range(3):
+        expected = decode()(params, z, Prompts(points=points[:, group], labels=labels[:, group]))
+        np.testing.assert_allclose(logits[:, group], expected[0], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(iou[:, group], expected[1], atol=1e-5, rtol=0)
+    shared = decode()(params, z[1:], Prompts(points=points[1], labels=labels[1]))
+    np.testing.assert_allclose(shared[0], logits[1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        Prompts(points=np.zeros((3, 1, 2)), labels=np.ones((3, 1))),
+        Prompts(points=np.zeros((2, 1, 2)), labels=np.ones((2, 1)), boxes=np.zeros((1, 4))),
+        Prompts(points=np.zeros((2, 1, 2))),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused(prompts):
+    with pytest.raises(UsageError, match="Prompts|prompts"):
+        sam.decode(*tiny(), features(2), prompts)
 
 
 def test_window_partition_round_trip_on_a_grid_that_is_not_square():
     x = jax.random.normal(jax.random.key(0), (2, 7, 13, 3))
-    windows, grid = image_encoder.partition(x, 5)
+    windows, grid = attention.partition(x, 5)
     assert windows.shape == (2 * 2 * 3, 5, 5, 3)
-    np.testing.assert_array_equal(image_encoder.unpartition(windows, 5, grid, (7, 13)), x)
+    np.testing.assert_array_equal(attention.unpartition(windows, 5, grid, (7, 13)), x)

@@ -1,13 +1,16 @@
 """Weights folders, and the tiny SAM that ships with calsegx."""
 
 import dataclasses
+import errno
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from calsegx.interfaces import DataError, Prompts, UsageError
+from calsegx.interfaces import DataError, InputError, Prompts, UsageError
 from calsegx.models import sam
 from calsegx.models.sam import backbone, presets, weights
 
@@ -46,6 +49,67 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path, params):
     with pytest.raises(TypeError):
         sam.save(tmp_path / "w", SMALL, params, card=3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_is_what_the_library_reads(tmp_path, params):
+    sam.save(tmp_path / "w", SMALL, params, "card")
+    read = safetensors.numpy.load_file(tmp_path / "w" / "model.safetensors")
+    flat = weights.flatten(params)
+    assert read.keys() == flat.keys()
+    for name, array in flat.items():
+        np.testing.assert_array_equal(read[name], array)
+
+
+def test_arrays_are_read_one_at_a_time_in_any_layout(tmp_path, params):
+    flat = {name: np.asarray(leaf) for name, leaf in weights.flatten(params).items()}
+    asked = []
+
+    def read(name):
+        asked.append(name)
+        return np.asfortranarray(flat[name])
+
+    weights.write(tmp_path / "w", SMALL, {name: x.shape for name, x in flat.items()}, read, "card")
+    assert sorted(asked) == sorted(flat)
+    jax.tree.map(np.testing.assert_array_equal, sam.load(tmp_path / "w")[1], params)
+
+
+def refuse(*_):
+    raise DataError("no")
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("read", "approve", "error", "match"),
+    [
+        (refuse, None, DataError, "^no$"),
+        (full, None, InputError, "cannot be written .No space left on device.; check the folder and the free space"),
+        (np.zeros, refuse, DataError, "^no$"),
+        (lambda _: np.zeros(3), None, ValueError, "declared was"),
+    ],
+)
+def test_a_failure_in_the_middle_leaves_not_even_the_parent_folders(tmp_path, read, approve, error, match):
+    shapes = {"a": (2,), "b": (2,)}
+    one = (lambda name: read(shapes[name])) if read is np.zeros else read
+    with pytest.raises(error, match=match):
+        weights.write(tmp_path / "new" / "folders" / "w", SMALL, shapes, one, "card", approve=approve)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, params):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file/w cannot be made .*; choose a place you can write to"):
+        sam.save(tmp_path / "file" / "w", SMALL, params, "card")
+
+
+def test_loading_holds_every_array_once(tmp_path, params):
+    sam.save(tmp_path / "w", SMALL, params, "card")
+    leaves = jax.tree.leaves(sam.load(tmp_path / "w")[1])
+    assert all(isinstance(x, np.ndarray) and x.dtype == np.float32 for x in leaves)
+    bases = {id(x.base if x.base is not None else x) for x in leaves}
+    assert len(bases) == len(leaves)  # no array is a view of one larger buffer
 
 
 def test_a_flipped_byte_is_found(tmp_path, params):

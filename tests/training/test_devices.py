@@ -1,4 +1,7 @@
-"""One device and four emulated ones give the same training step.  In a subprocess: devices are made at start-up."""
+"""One device and four emulated ones give the same features and the same training step.
+
+In a subprocess: devices are made at start-up.
+"""
 
 import os
 import pathlib
@@ -6,12 +9,14 @@ import subprocess
 import sys
 
 SCRIPT = """
-import sys, pathlib
+import dataclasses, sys, pathlib, types
 import jax, numpy as np
-from calsegx import sharding
-from calsegx.data import pipeline
+from calsegx import features, sharding
+from calsegx.data import pipeline, preprocessing
 from calsegx.interfaces import UsageError
-from calsegx.training import state as train_state, step as train_step
+from calsegx.models import sam
+from calsegx.models.sam import presets
+from calsegx.training import caching, state as train_state, step as train_step
 from tests.training import toy
 
 assert len(jax.devices()) == 4
@@ -41,6 +46,23 @@ except UsageError as error:
     assert "--config.batch_size=6 cannot be split evenly over 4 devices" in str(error)
 else:
     raise AssertionError("a batch of 6 was split over 4 devices")
+
+# Eleven slices through a small SAM: batches of three on one device, of four on four devices (one slice each).
+small = dataclasses.replace(presets.TINY, image_size=64, embed_dim=16, depth=2, num_heads=2, out_chans=16,
+                            window_size=4, decoder_mlp_dim=16)
+folder = pathlib.Path(sys.argv[1]).parent / "sam"
+sam.save(folder, small, sam.init(small, jax.random.key(0)), "card")
+prepared = types.SimpleNamespace(
+    slices=np.arange(11),
+    images=np.random.default_rng(0).uniform(0, 255, (11, 24, 20, 3)).astype(np.float32),
+    geometry=preprocessing.frame_geometry((24, 20), (1.0, 1.0), 64, (32, 32)))
+network = sam.backbone.load_backbone(folder, 1)
+one, four = (caching.case_encoder(network, 3, sharding.data_mesh(jax.devices()[:count]))(prepared)
+             for count in (1, 4))
+assert one.shape == four.shape == (11, *network.feature_shape) and one.dtype == four.dtype == features.BFLOAT16
+assert np.abs(one.astype(np.float32)).mean() > 0.1
+np.testing.assert_allclose(four.astype(np.float32), one.astype(np.float32), rtol=2**-7, atol=1e-5)
+assert np.mean(one == four) > 0.99  # the others are float32 sums that were at a rounding border of bfloat16
 print("same on 1 and 4")
 """
 

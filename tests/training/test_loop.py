@@ -186,6 +186,39 @@ def test_penalty_without_second_derivative_is_refused(cache, mesh, tmp_path):
         toy.train(toy.config(), cache, tmp_path, mesh, backbone=broken)
 
 
+def test_a_mode_without_second_derivative_is_not_checked(cache, mesh, tmp_path, capsys):
+    """The backward rule of this decoder cannot be differentiated; finite differences do not need it."""
+
+    @jax.custom_vjp
+    def fused(x):
+        return jnp.tanh(x)
+
+    fused.defvjp(lambda x: (jnp.tanh(x), jax.lax.stop_gradient(x)), lambda x, g: (g * (1 - jnp.tanh(x) ** 2),))
+    config = toy.config(method="sam_fip", steps=2)
+    config.fisher.mode = "finite_difference"
+    decode = toy.backbone().decode
+    broken = dataclasses.replace(toy.backbone(), decode=lambda *arguments: fused(decode(*arguments)))
+    toy.train(config, cache, tmp_path, mesh, backbone=broken)
+    assert "'finite_difference' needs no second derivative, so none is checked" in "".join(capsys.readouterr())
+
+
+def test_every_k_logs_the_last_penalty_that_was_computed(cache, mesh, tmp_path):
+    config = toy.config(method="sam_fip", steps=8, log_every=4)
+    config.fisher.mode, config.fisher.every = "every_k", 4
+    toy.train(config, cache, tmp_path, mesh)
+    logged = [line for line in lines(tmp_path) if "loss" in line]
+    assert [line["step"] for line in logged] == [4, 8]
+    assert all(line["penalty"] > 0 and line["feature_gradient_norm"] > 0 for line in logged)
+
+
+def test_a_shift_that_is_too_large_stops_the_run(cache, mesh, tmp_path):
+    config = toy.config(method="sam_fip")
+    config.fisher.mode, config.fisher.weight, config.fisher.warmup_fraction = "perturbed", 1e3, 0.0
+    with pytest.raises(InputError, match=r"step 1: the features were shifted by .* no checkpoint was written"):
+        toy.train(config, cache, tmp_path, mesh)
+    assert not (tmp_path / "model").exists()
+
+
 def test_no_validation_cases(cache, mesh, tmp_path):
     summary = loop.train(
         toy.config(steps=2, method="sam_ft"),

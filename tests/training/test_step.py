@@ -1,12 +1,16 @@
 """The train step: its terms, its donation, and that methods differ by exactly the terms that they name."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calsegx import losses, sharding
+from calsegx import configs, losses, sharding
 from calsegx.data import pipeline
+from calsegx.interfaces import InputError, Prompts, UsageError
+from calsegx.losses import fisher
 from calsegx.training import state as train_state
 from calsegx.training import step as train_step
 from tests.training import toy
@@ -132,3 +136,97 @@ def test_evaluation_is_per_sample(mesh, batch):
     logits = backbone.decode(backbone.trainable, backbone.frozen, features, batch.prompts)
     expected = losses.get("sam")(logits, batch.labels)
     np.testing.assert_allclose(evaluate(backbone.trainable, batch), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "finite_difference"},
+        {"mode": "stochastic", "fraction": 0.5},
+        {"mode": "every_k", "every": 2},
+        {"mode": "perturbed", "weight": 1e-3},
+        {"remat": True},
+        {"labels": "sampled"},
+        {"reading": "centered", "mode": "stochastic"},
+    ],
+)
+def test_fisher_options_reach_the_step(changes, mesh, batch):
+    config = toy.config(method="sam_fip", fisher=configs.FisherConfig(warmup_fraction=0.0, **changes))
+    configs.validate(config)
+    _, expected = run(toy.config(method="sam_fip"), mesh, batch)
+    state, values = run(config, mesh, batch)
+    names = set(expected) | ({"shift"} if config.fisher.mode == "perturbed" else set())
+    assert set(values) == names
+    np.testing.assert_allclose(values["loss"], expected["loss"], rtol=1e-5)
+    same = {"mode": "finite_difference"}, {"mode": "every_k", "every": 2}, {"remat": True}
+    if changes in same:
+        np.testing.assert_allclose(values["penalty"], expected["penalty"], rtol=1e-5)
+    else:
+        assert values["penalty"] > 0
+    assert (abs(values["penalty"] / expected["penalty"] - 1) > 1e-3) == (
+        changes not in same and config.fisher.mode != "perturbed"
+    )
+    again, _ = run(config, mesh, batch)
+    jax.tree.map(np.testing.assert_array_equal, state, again)  # its randomness is that of seed and step
+
+
+def run(config, mesh, batch):
+    take_step, state = build(config, mesh)
+    return jax.device_get(take_step(state, batch))
+
+
+@pytest.mark.parametrize("quantity", ["loss", "penalty", "shift"])
+def test_a_bad_step_leaves_the_state_as_it_was(quantity, mesh, batch):
+    config = toy.config(method="sam_fip")
+    config.fisher.warmup_fraction = 0.0
+    if quantity == "shift":
+        config.fisher.mode, config.fisher.weight = "perturbed", 1e3
+    if quantity == "penalty":
+        batch = batch._replace(features=batch.features.astype(jnp.float32) * 1e25)  # |z|^2 overflows, the loss does not
+    if quantity == "loss":
+        batch = batch._replace(features=batch.features.at[0, 0, 0, 0].set(jnp.nan))
+    take_step, state = build(config, mesh)
+    before = jax.device_get(state)
+    after, values = take_step(state, batch)
+    assert (quantity == "loss") == bool(np.isnan(values["loss"]))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
+    with pytest.raises(InputError, match="stopped at step 5"):
+        fisher.check_measurements(values, 5)
+
+
+def test_remat_wants_one_device(mesh):
+    config = toy.config()
+    config.fisher.remat = True
+    two = types.SimpleNamespace(size=2)
+    with pytest.raises(UsageError, match="--config.fisher.remat .* would leave 1 of 2 devices idle"):
+        train_step.make_train_step(toy.decode, {}, *toy.terms(config).values(), config, None, two)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "stochastics"}, "fisher.mode='stochastics' is not one of .* Did you mean 'stochastic'?"),
+        ({"reading": "global"}, "fisher.reading='global' is not one of per_sample"),
+        ({"labels": "true"}, "fisher.labels='true' is not one of empirical, sampled"),
+        ({"fraction": 0.0}, "fisher.fraction=0.0 must be above 0 and at most 1"),
+        ({"fraction": 1.1}, "fisher.fraction=1.1 must"),
+        ({"every": 0}, "fisher.every=0 must be a number of at least 1"),
+        ({"warmup_fraction": 1.1}, "fisher.warmup_fraction=1.1 must be from 0 to 1"),
+        ({"remat": True, "reading": "centered"}, "fisher.remat takes slice after slice"),
+        ({"labels": "sampled", "mode": "perturbed"}, "fisher.labels='sampled' would draw other labels"),
+    ],
+)
+def test_bad_fisher_options_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        configs.validate(toy.config(fisher=configs.FisherConfig(**changes)))
+
+
+def test_sampled_labels_need_keys():
+    config = toy.config()
+    config.fisher.labels = "sampled"
+    loss_fn = train_step.make_loss_fn(toy.decode, *toy.terms(config).values(), config)
+    made = toy.backbone()
+    features = jnp.ones((1, *made.feature_shape))
+    prompts = Prompts(points=jnp.ones((1, 1, 2)), labels=jnp.ones((1, 1)))
+    with pytest.raises(UsageError, match="need the argument keys, one per sample"):
+        loss_fn(made.trainable, features, made.frozen, jnp.ones((1, *made.logit_shape), int), prompts)

@@ -13,9 +13,9 @@ CASES = ("case a", "case-b", "c")
 SIGNATURE = {"weights": "toy", "image_size": IMAGE_SIZE}
 
 
-def encode(frozen, images):
+def encode(encoder, images):
     patches = images.reshape(-1, 8, 4, 8, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 8, 8, 48)
-    return jnp.tanh(patches @ frozen["encoder"])
+    return jnp.tanh(patches @ encoder["kernel"])
 
 
 def decode(params, frozen, z, prompts):
@@ -37,10 +37,8 @@ def backbone():
         logit_shape=LOGITS,
         pixel_mean=(128.0, 128.0, 128.0),
         pixel_std=(64.0, 64.0, 64.0),
-        frozen={
-            "encoder": jax.random.normal(keys[0], (48, 8)) / 7,
-            "prompt": jax.random.normal(keys[1], (8,)),
-        },
+        encoder={"kernel": jax.random.normal(keys[0], (48, 8)) / 7},
+        frozen={"prompt": jax.random.normal(keys[1], (8,))},
         trainable={
             "hidden": {"kernel": jax.random.normal(keys[2], (8, 16)) / 3, "bias": jnp.zeros(16)},
             "output": {"kernel": jax.random.normal(keys[3], (16, 4)) / 4},

@@ -16,8 +16,12 @@ TINY = "sam_tiny"
 
 
 @models.registry.register("sam")
-def load_backbone(folder: Path | None, num_classes: int) -> Backbone:
+def load_backbone(folder: Path | None, num_classes: int, *, dtype: str = "float32") -> Backbone:
     """SAM from a weights folder (``None``: the tiny SAM that ships with calsegx) with ``num_classes`` masks.
+
+    ``dtype`` (float32 or bfloat16) is what the frozen image encoder computes in; prompts and decoder are float32.
+    Frames are those of ``data.preprocessing`` with the configuration's pixel mean and standard deviation, so MedSAM's
+    weights see values in [0, 1], of the volume's percentiles, and slices that are padded where it stretched them.
 
     One class: ``decode`` gives one logit (sigmoid).  More: a softmax over ``num_classes + 1`` logits whose channel 0,
     the background, is the constant 0, so that one class is the same model either way.
@@ -25,13 +29,14 @@ def load_backbone(folder: Path | None, num_classes: int) -> Backbone:
     folder = tiny_weights() if folder is None else Path(folder)
     config, params = weights.load(folder)
 
-    def encode(frozen: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
-        return model.encode(config, frozen, images)
+    def encode(encoder: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+        return model.encode(config, encoder, images, dtype=jnp.dtype(dtype))
 
     def decode(
         trainable: Params, frozen: Params, z: Float[Array, "b h w c"], prompts: Prompts
     ) -> Float[Array, "b H W k"]:
         embeddings = model.embed_prompts(config, frozen["prompt_encoder"], z, prompts)
+        embeddings = embeddings._replace(position=frozen["position"])  # sines of every cell, not again at every step
         logits, _ = model.decode_tokens(config, trainable, z, embeddings)
         logits = jnp.moveaxis(logits, 1, -1)
         if num_classes > 1:
@@ -42,6 +47,8 @@ def load_backbone(folder: Path | None, num_classes: int) -> Backbone:
         logits, _ = model.decode(config, frozen, z, prompts, multimask=False)
         return jnp.moveaxis(logits, 1, -1)
 
+    frozen = {name: params[name] for name in ("prompt_encoder", "mask_decoder")}
+    frozen["position"] = model.grid_position(config, params["prompt_encoder"])
     return Backbone(
         name="sam",
         fingerprint=weights.fingerprint(folder),
@@ -50,7 +57,8 @@ def load_backbone(folder: Path | None, num_classes: int) -> Backbone:
         logit_shape=(4 * config.grid, 4 * config.grid),
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
-        frozen=params,
+        encoder={"image_encoder": params["image_encoder"]},
+        frozen=frozen,
         trainable=class_decoder(config, params["mask_decoder"], num_classes),
         encode=encode,
         decode=decode,

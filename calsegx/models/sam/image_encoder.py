@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from calsegx.models.sam import attention, layers
@@ -26,7 +27,9 @@ class ImageEncoder(nn.Module):
             shape = (1, c.grid, c.grid, c.embed_dim)
             pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), shape)
             if x.shape[1:3] != (c.grid, c.grid):
-                pos_embed = jax.image.resize(pos_embed, (1, *x.shape[1:]), "bicubic", antialias=False)
+                rows, columns = (bicubic_weights(c.grid, size) for size in x.shape[1:3])
+                highest = jax.lax.Precision.HIGHEST
+                pos_embed = jnp.einsum("Hh,Ww,bhwc->bHWc", rows, columns, pos_embed, precision=highest)
             x = x + pos_embed.astype(self.dtype)
         for i in range(c.depth):
             window = 0 if i in c.global_attn_indexes else c.window_size
@@ -73,39 +76,27 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """``x + attention(LN(x))``, then ``x + MLP(LN(x))``."""
         c = self.config
-        attend = attention.WindowedAttention(
-            c.num_heads, self.window or c.grid, c.qkv_bias, c.use_rel_pos, self.dtype, name="attn"
+        attend = attention.SelfAttention(
+            c.num_heads, self.window, self.window or c.grid, c.qkv_bias, c.use_rel_pos, self.dtype, name="attn"
         )
-        y = layers.layer_norm(x, "norm1", EPSILON).astype(self.dtype)
-        if self.window:
-            windows, grid = partition(y, self.window)
-            y = unpartition(attend(windows), self.window, grid, x.shape[1:3])
-        else:
-            y = attend(y)
-        x = x + y
+        x = x + attend(layers.layer_norm(x, "norm1", EPSILON).astype(self.dtype))
         y = layers.layer_norm(x, "norm2", EPSILON).astype(self.dtype)
         y = nn.Dense(int(c.embed_dim * c.mlp_ratio), dtype=self.dtype, name="mlp.lin1")(y)
         return x + nn.Dense(c.embed_dim, dtype=self.dtype, name="mlp.lin2")(layers.gelu(y))
 
 
-def partition(x: Float[Array, "b h w c"], window: int) -> tuple[Float[Array, "bw window window c"], tuple[int, int]]:
-    """Cut a grid into windows, after zero-padding bottom and right to a multiple of ``window``.
+def bicubic_weights(size: int, new_size: int) -> Float[np.ndarray, "new_size size"]:
+    """Bicubic interpolation along one axis as torch does it: half-pixel centres, a = -0.75, borders repeated.
 
-    Padded tokens take part in the softmax as keys, as in Meta's model.  Returns the windows and how many there are
-    along each axis.
+    ``jax.image.resize`` has a = -0.5 and renormalises at the borders.
     """
-    b, h, w, c = x.shape
-    rows, columns = -(-h // window), -(-w // window)
-    x = jnp.pad(x, ((0, 0), (0, rows * window - h), (0, columns * window - w), (0, 0)))
-    x = x.reshape(b, rows, window, columns, window, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(-1, window, window, c), (rows, columns)
-
-
-def unpartition(
-    windows: Float[Array, "bw window window c"], window: int, grid: tuple[int, int], size: tuple[int, ...]
-) -> Float[Array, "b h w c"]:
-    """The inverse of ``partition``: reassemble and crop to ``size = (h, w)``."""
-    rows, columns = grid
-    x = windows.reshape(-1, rows, columns, window, window, windows.shape[-1]).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(x.shape[0], rows * window, columns * window, x.shape[-1])
-    return x[:, : size[0], : size[1]]
+    a = -0.75
+    centres = (np.arange(new_size) + 0.5) * size / new_size - 0.5
+    left = np.floor(centres).astype(int)
+    weights = np.zeros((new_size, size))
+    for tap in range(-1, 3):
+        d = np.abs(centres - (left + tap))
+        near = ((a + 2) * d - (a + 3)) * d * d + 1
+        far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        np.add.at(weights, (np.arange(new_size), np.clip(left + tap, 0, size - 1)), np.where(d <= 1, near, far))
+    return weights.astype(np.float32)

@@ -1,5 +1,7 @@
 """Small layers shared by SAM's encoder, prompt encoder and decoder."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,21 @@ class Mlp(nn.Module):
         return x
 
 
+class Projection(nn.Module):
+    """The parameters of a dense layer, not yet applied."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[Float[Array, "i o"], Float[Array, " o"]]:
+        """Kernel and bias (zeros where there is none)."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (inputs, self.features))
+        zeros = nn.initializers.zeros_init()
+        bias = self.param("bias", zeros, (self.features,)) if self.use_bias else jnp.zeros(self.features)
+        return kernel, bias
+
+
 class UpscaleByTwo(nn.Module):
     """Stride-2 2x2 transposed convolution as one matmul, with the depth-to-space left to the caller.
 
@@ -44,8 +61,8 @@ class UpscaleByTwo(nn.Module):
 
 
 def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """Exact (erf) GELU, torch's default; JAX's own default is the tanh approximation."""
-    return jax.nn.gelu(x, approximate=False)
+    """Exact GELU, as torch computes it; JAX takes erfc, which XLA expands to more work."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def layer_norm(x: Float[Array, "*s"], name: str, epsilon: float) -> Float[Array, "*s"]:

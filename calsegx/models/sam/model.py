@@ -4,6 +4,7 @@
 Meta's checkpoint names with flax's words for the leaves (``kernel`` for ``weight``, ``scale`` for norms).
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -11,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from calsegx.interfaces import Params, Prompts
+from calsegx.interfaces import Params, Prompts, UsageError
 from calsegx.models.sam.image_encoder import ImageEncoder
 from calsegx.models.sam.mask_decoder import MaskDecoder
 from calsegx.models.sam.presets import SamConfig
-from calsegx.models.sam.prompt_encoder import PromptEncoder
+from calsegx.models.sam.prompt_encoder import PromptEmbeddings, PromptEncoder
 
 
 def init(config: SamConfig, rng: Array) -> Params:
@@ -28,11 +29,12 @@ def init(config: SamConfig, rng: Array) -> Params:
         masks=jnp.zeros((1, 4 * g, 4 * g, 1)),
     )
     z = jnp.zeros((1, g, g, c))
+    embeddings = PromptEmbeddings(jnp.zeros((1, 1, c)), z, z[0])
     decoder = MaskDecoder(config, config.num_multimask_outputs + 1)
     return {
         "image_encoder": ImageEncoder(config).init(encoder_rng, jnp.zeros((1, s, s, 3)))["params"],
-        "prompt_encoder": PromptEncoder(config).init(prompt_rng, prompts, 1, (g, g))["params"],
-        "mask_decoder": decoder.init(decoder_rng, z, z[0], jnp.zeros((1, 1, c)), z)["params"],
+        "prompt_encoder": PromptEncoder(config).init(prompt_rng, prompts, 1, (g, g), True)["params"],
+        "mask_decoder": decoder.init(decoder_rng, z, embeddings)["params"],
     }
 
 
@@ -50,35 +52,80 @@ def decode(
     prompts: Prompts,
     *,
     multimask: bool = True,
-) -> tuple[Float[Array, "b m H W"], Float[Array, "b m"]]:
+    ignore_padding: bool = True,
+) -> tuple[Float[Array, "*b m H W"], Float[Array, "*b m"]]:
     """Mask logits ``[B, M, 4h, 4w]`` and predicted IoU ``[B, M]``, one group of prompts per image.
 
-    ``multimask`` keeps masks 1..3 (M = 3), otherwise mask 0 (M = 1), as in Meta's model.
+    Args:
+        config: sizes of the model.
+        params: of the whole SAM.
+        z: features of B images; those of one image serve any number of groups.
+        prompts: B groups; or, with a further axis behind the first (points ``[B, N, P, 2]``, labels ``[B, N, P]``,
+            boxes ``[B, N, 4]``, masks ``[B, N, 4h, 4w, 1]``), N groups per image: the results then have it too.
+        multimask: keep masks 1..3 (M = 3), otherwise mask 0 (M = 1), as in Meta's model.
+        ignore_padding: points with label -1 only fill a batch up: nothing attends to them, so that the masks are
+            those of the points without them.  False: they are "not a point" tokens that take part, Meta's letter.
+
+    Raises:
+        UsageError: when the prompts do not fit one another or the images.
     """
-    prompt_embeddings = embed_prompts(config, params["prompt_encoder"], z, prompts)
-    logits, iou = decode_tokens(config, params["mask_decoder"], z, prompt_embeddings)
+    groups = _groups(z, prompts)
+    flat = jax.tree.map(lambda x: x.reshape(math.prod(groups), *x.shape[len(groups) :]), prompts)
+    z = jnp.repeat(z, math.prod(groups) // z.shape[0], axis=0)
+    embeddings = embed_prompts(config, params["prompt_encoder"], z, flat, ignore_padding=ignore_padding)
+    logits, iou = decode_tokens(config, params["mask_decoder"], z, embeddings)
     keep = slice(1, None) if multimask else slice(0, 1)
-    return logits[:, keep], iou[:, keep]
+    logits, iou = logits[:, keep], iou[:, keep]
+    return logits.reshape(*groups, *logits.shape[1:]), iou.reshape(*groups, *iou.shape[1:])
 
 
 def embed_prompts(
-    config: SamConfig, prompt_encoder: Params, z: Float[Array, "b h w c"], prompts: Prompts
-) -> tuple[Array, Array, Array]:
-    """Sparse tokens ``[B, T, C]``, dense embedding ``[B, h, w, C]``, position ``[h, w, C]`` for features ``z``."""
-    return _apply(PromptEncoder(config), prompt_encoder, prompts, z.shape[0], z.shape[1:3])
+    config: SamConfig,
+    prompt_encoder: Params,
+    z: Float[Array, "b h w c"],
+    prompts: Prompts,
+    *,
+    ignore_padding: bool = True,
+) -> PromptEmbeddings:
+    """What the decoder sees of one group of prompts per image with features ``z``."""
+    return _apply(PromptEncoder(config), prompt_encoder, prompts, z.shape[0], z.shape[1:3], ignore_padding)
+
+
+def grid_position(config: SamConfig, prompt_encoder: Params) -> Float[Array, "h w c"]:
+    """Positional encoding of the configuration's grid, the same for all prompts."""
+    grid = (config.grid, config.grid)
+    return _apply(PromptEncoder(config), prompt_encoder, grid, method="dense_position")
 
 
 def decode_tokens(
-    config: SamConfig,
-    mask_decoder: Params,
-    z: Float[Array, "b h w c"],
-    prompt_embeddings: tuple[Array, Array, Array],
+    config: SamConfig, mask_decoder: Params, z: Float[Array, "b h w c"], prompts: PromptEmbeddings
 ) -> tuple[Float[Array, "b m H W"], Float[Array, "b m"]]:
     """All masks of a decoder; their number follows from ``mask_decoder["mask_tokens"]``."""
-    sparse, dense, position = prompt_embeddings
     module = MaskDecoder(config, mask_decoder["mask_tokens"].shape[0])
-    return _apply(module, mask_decoder, z, position, sparse, dense)
+    return _apply(module, mask_decoder, z, prompts)
 
 
-def _apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
-    return module.apply({"params": params}, *inputs)
+def _groups(z: Float[Array, "b h w c"], prompts: Prompts) -> tuple[int, ...]:
+    """``(B,)`` or ``(B, N)``: the leading axes that all given prompts share."""
+    ranks = {"points": 2, "labels": 1, "boxes": 1, "masks": 3}
+    leading = {
+        name: tuple(array.shape[: array.ndim - ranks[name]])
+        for name, array in prompts._asdict().items()
+        if array is not None
+    }
+    if (prompts.points is None) != (prompts.labels is None):
+        raise UsageError("Prompts.points and Prompts.labels come together: give one label per point (1, 0 or -1).")
+    if not leading:
+        return (z.shape[0],)
+    groups = next(iter(leading.values()))
+    if len(set(leading.values())) != 1 or len(groups) not in (1, 2) or (groups[0] != z.shape[0] and z.shape[0] != 1):
+        shapes = ", ".join(f"{name} {list(getattr(prompts, name).shape)}" for name in leading)
+        raise UsageError(
+            f"The prompts ({shapes}) do not fit features of {z.shape[0]} images: all must begin with that number, or "
+            "all with it and the number of prompts per image."
+        )
+    return groups
+
+
+def _apply(module: nn.Module, params: Params, *inputs: Any, method: str | None = None) -> Any:
+    return module.apply({"params": params}, *inputs, method=method)

@@ -28,6 +28,7 @@ class SamConfig:
     decoder_mlp_dim: int = 2048
     iou_head_depth: int = 3
     iou_head_hidden_dim: int = 256
+    preprocessing: str = "sam"  # "sam": longest side, mean and std, zero padding; "medsam": square, min-max to [0, 1]
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
 

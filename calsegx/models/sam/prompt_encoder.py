@@ -1,9 +1,11 @@
 """SAM's prompt encoder: points, boxes and masks to sparse tokens and a dense embedding."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from calsegx.interfaces import Prompts
 from calsegx.models.sam import layers
@@ -12,12 +14,20 @@ from calsegx.models.sam.presets import SamConfig
 EPSILON = 1e-6
 
 
-class PromptEncoder(nn.Module):
-    """Encode one group of prompts per image.
+PADDING = -1
 
-    Returns ``sparse [B, T, C]`` (point tokens, then a padding token if there is no box, then the two box corners),
-    ``dense [B, h, w, C]`` and the positional encoding of the grid ``[h, w, C]``.
-    """
+
+class PromptEmbeddings(NamedTuple):
+    """What the decoder sees of the prompts."""
+
+    sparse: Float[Array, "b t c"]  # point tokens, then "not a point" if there is no box, then the two box corners
+    dense: Float[Array, "b h w c"]
+    position: Float[Array, "h w c"]  # positional encoding of the grid
+    ignored: Bool[Array, "b t"] | None = None  # sparse tokens that nothing may attend to
+
+
+class PromptEncoder(nn.Module):
+    """Encode one group of prompts per image."""
 
     config: SamConfig
 
@@ -31,9 +41,7 @@ class PromptEncoder(nn.Module):
         self.no_mask = self.param("no_mask_embed", normal, (1, c.out_chans))
         self.mask_downscaling = MaskDownscaling(c)
 
-    def __call__(
-        self, prompts: Prompts, batch: int, grid: tuple[int, int]
-    ) -> tuple[Float[Array, "b t c"], Float[Array, "b h w c"], Float[Array, "h w c"]]:
+    def __call__(self, prompts: Prompts, batch: int, grid: tuple[int, int], ignore_padding: bool) -> PromptEmbeddings:
         """Encode ``prompts`` for ``batch`` images whose features have the size ``grid``."""
         c = self.config
         size = jnp.array([grid[1] * c.patch_size, grid[0] * c.patch_size], jnp.float32)  # (x, y)
@@ -50,7 +58,12 @@ class PromptEncoder(nn.Module):
             dense = self.mask_downscaling(prompts.masks)
         else:
             dense = jnp.broadcast_to(self.no_mask, (batch, *grid, c.out_chans))
-        return jnp.concatenate(sparse, axis=1), dense, self.dense_position(grid)
+        tokens = jnp.concatenate(sparse, axis=1)
+        ignored = None
+        if prompts.labels is not None and ignore_padding:
+            others = tokens.shape[1] - prompts.labels.shape[1]
+            ignored = jnp.pad(prompts.labels == PADDING, ((0, 0), (0, others)))
+        return PromptEmbeddings(tokens, dense, self.dense_position(grid), ignored)
 
     def dense_position(self, grid: tuple[int, int]) -> Float[Array, "h w c"]:
         """Positional encoding of the cell centres of a grid."""
@@ -63,10 +76,10 @@ class PromptEncoder(nn.Module):
         points = points + 0.5
         if pad:  # Meta's model appends a "not a point" token exactly when there is no box
             points = jnp.pad(points, ((0, 0), (0, 1), (0, 0)))
-            labels = jnp.pad(labels, ((0, 0), (0, 1)), constant_values=-1)
+            labels = jnp.pad(labels, ((0, 0), (0, 1)), constant_values=PADDING)
         labels = labels[..., None]
         tokens = self._encode(points / size)
-        tokens = jnp.where(labels == -1, self.not_a_point, tokens)
+        tokens = jnp.where(labels == PADDING, self.not_a_point, tokens)
         tokens = jnp.where(labels == 0, tokens + self.point_embeddings[0], tokens)
         return jnp.where(labels == 1, tokens + self.point_embeddings[1], tokens)
 
