@@ -29,6 +29,8 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.tests-$(TORCH)
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.encoder --models=vit_b
+	$(BIN)/python -m benchmarks.fisher_penalty
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

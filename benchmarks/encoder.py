@@ -35,6 +35,7 @@ from benchmarks import encoder_problem as problems  # before jax: it keeps JAX f
 import numpy as np
 
 from benchmarks import measure
+from calsegx import memory
 from calsegx.interfaces import InputError, UsageError
 
 FLOAT32_TOLERANCE = 2e-5  # times the largest embedding, at least 1
@@ -80,6 +81,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(argv: Sequence[str]) -> None:
     """Run with the flags of the command line; an InputError is one sentence and exit code 1."""
     del argv
+    memory.keep_freed_memory()  # as the launch scripts do
     try:
         run(flags.FLAGS)
     except InputError as error:

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure, torch_decoder, torch_fisher, whole_step
-from calsegx import files
+from calsegx import files, memory
 from calsegx.interfaces import InputError, Params, UsageError
 from calsegx.models.sam import presets
 
@@ -36,6 +36,7 @@ Key = tuple[str, str]  # framework, mode
 Gradients = dict[Key, Params]
 
 TOLERANCE = 1e-4  # relative, of loss, penalty and each parameter's gradient (L2)
+LOW_PRECISION_TOLERANCE = 0.1  # of the whole gradient in tfloat32 and bfloat16, for torch.compile
 FLOOR = 1e-6  # of a parameter's gradient against the whole: attention key biases have an analytically zero gradient
 COLUMNS = {
     **{name: "" for name in ("framework", "mode", "grid", "batch", "classes", "dtype")},
@@ -201,7 +202,22 @@ def rows_of(
                 "peak_source": "XLA buffers" if options.peak == "xla" else "fresh process",
                 **errors(case, framework, mode, reference, options.draws),
             }
-        yield row
+        yield distrust(row)
+
+
+def distrust(row: measure.Row) -> measure.Row:
+    """The row, without its times where ``torch.compile`` computed something else.
+
+    Seen with PyTorch 2.13 on a CPU: at batch 1 the compiled exact step has another penalty than the same code in eager
+    mode or with the backend ``aot_eager``.
+    """
+    limit = TOLERANCE if row["dtype"] == "float32" else LOW_PRECISION_TOLERANCE
+    error = row["gradient_error"]
+    exact = row["framework"] == "torch.compile" and row["mode"] != "finite_difference"
+    if not exact or error is None or error <= limit:
+        return row
+    untimed = dict.fromkeys(("seconds", "seconds_spread", "ratio_to_plain", "ratio_to_pytorch"))
+    return row | untimed | {"status": f"wrong: gradient error {error:.1e}"}
 
 
 def errors(case: Case, framework: str, mode: str, reference: Gradients, draws: int) -> measure.Row:
@@ -231,20 +247,6 @@ def isolated_peak(problem: problems.Problem, framework: str, mode: str, dtype: s
     case = {"framework": framework, "mode": mode, "dtype": dtype, "grid": problem.grid}
     case |= {"batch": problem.batch, "classes": problem.classes}
     return measure.run_isolated("benchmarks.fisher_penalty", [f"--isolated={json.dumps(case)}"])["peak_bytes"]
-
-
-def run_case(framework: str, mode: str, dtype: str, grid: str, batch: int, classes: int) -> int | None:
-    """The other side of ``isolated_peak``."""
-    problem = problems.make(grid, batch, classes)
-    if framework == "jax":
-        positional, keywords = problems.jax_arguments(problem)
-        compiled = problems.jax_step(problem, mode, dtype).lower(*positional, **keywords).compile()
-        call = lambda: jax.block_until_ready(compiled(*positional, **keywords))
-        on_cpu = jax.default_backend() == "cpu"
-        return measure.rss_growth(call) if on_cpu else measure.device_peak(call)
-    small = problems.make("tiny", 1, classes)  # loads what the first step of a process loads
-    problems.torch_step(small, "torch", "plain", dtype)()
-    return problems.torch_peak(problems.torch_step(problem, framework, mode, dtype))
 
 
 def table_1(options: flags.FlagValues) -> Iterator[measure.Row]:
@@ -280,6 +282,7 @@ def _distance(a: Params, b: Params) -> float:
 def main(argv: Sequence[str]) -> None:
     """Run with the flags of the command line; an InputError is one sentence and its exit code."""
     del argv
+    memory.keep_freed_memory()  # as the launch scripts do
     try:
         run(flags.FLAGS)
     except InputError as error:
@@ -295,7 +298,7 @@ def run(options: flags.FlagValues) -> list[measure.Row]:
         InputError: when the frameworks disagree.
     """
     if options.isolated:
-        print(json.dumps({"peak_bytes": run_case(**json.loads(options.isolated))}))
+        print(json.dumps({"peak_bytes": problems.peak_bytes(**json.loads(options.isolated))}))
         return []
     tables = {
         "1": (table_1, COLUMNS),

@@ -201,3 +201,17 @@ def torch_flops(step: Callable[[], Any]) -> float:
     with _CountFlops() as counter:
         step()
     return float(counter.total)
+
+
+def peak_bytes(framework: str, mode: str, dtype: str, grid: str, batch: int, classes: int) -> int | None:
+    """What one step adds to its arguments at its peak; call it in a fresh process."""
+    problem = make(grid, batch, classes)
+    if framework == "jax":
+        positional, keywords = jax_arguments(problem)
+        compiled = jax_step(problem, mode, dtype).lower(*positional, **keywords).compile()
+        call = lambda: jax.block_until_ready(compiled(*positional, **keywords))
+        on_cpu = jax.default_backend() == "cpu"
+        return measure.rss_growth(call) if on_cpu else measure.device_peak(call)
+    small = make("tiny", 1, classes)  # loads what the first step of a process loads
+    torch_step(small, "torch", "plain", dtype)()
+    return torch_peak(torch_step(problem, framework, mode, dtype))

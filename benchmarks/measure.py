@@ -83,8 +83,9 @@ def warn_if_busy() -> None:
     A busy core makes PyTorch's small operations up to 100 times slower: OpenMP's threads spin for their time slice,
     waiting for one that has no core.  ``OMP_WAIT_POLICY=passive`` prevents that, at some cost on a quiet machine.
     """
-    if LOAD is not None and LOAD > 0.25 * cores():
-        words = f"warning: the load average is {LOAD:.1f} on {cores()} cores; ratios to PyTorch need a quiet machine"
+    load = LOAD
+    if load is not None and load > 0.25 * cores():
+        words = f"warning: the load average is {load:.1f} on {cores()} cores; ratios to PyTorch need a quiet machine"
         print(words, file=sys.stderr, flush=True)
 
 

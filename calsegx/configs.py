@@ -68,7 +68,7 @@ class FisherConfig:
     mode: str = "exact"  # or finite_difference, stochastic, every_k, perturbed (not for SAM): see losses/fisher.py
     reading: str = "per_sample"  # or batch_mean, elementwise_mean, centered (over the positions of the batch's slices)
     labels: str = "empirical"  # the data's, or sampled from the model: the true Fisher
-    fraction: float = 0.125  # stochastic: the share of each batch that is penalised, at least one slice
+    fraction: float = 0.125  # stochastic (one device only): the penalised share of each batch, at least one slice
     every: int = 8  # every_k: only every this many steps, with this many times the weight
     remat: bool = False  # slice after slice: less memory, more time; on one device only
     normalisation: str = "relative"  # relative or raw

@@ -8,8 +8,8 @@ spends 30 % of its CPU time there.
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-_LARGEST = 2**31 - 1
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
+_NEVER = -1  # mallopt takes an int, the threshold is a size_t: its largest value
 
 
 def keep_freed_memory() -> bool:
@@ -24,5 +24,6 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    options = (_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _LARGEST), (_M_ARENA_MAX, 1)
-    return all(mallopt(option, value) == 1 for option, value in options)
+    options = (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER), (_M_ARENA_MAX, 1)
+    results = [mallopt(option, value) for option, value in options]  # all of them, whatever one returns
+    return all(result == 1 for result in results)

@@ -14,11 +14,18 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs_and_is_short(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) == 12
+PYTHON = {"loss": r"loss \d\.\d+, Fisher penalty \d+\.\d+, penalty / loss \d\.\d+\n", "mask": r"mask pixels \[\[.*\]\n"}
+
+
+@pytest.mark.parametrize("says", PYTHON)
+def test_the_examples_run_and_are_short(says, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == len(PYTHON)
+    (code,) = (block for block in blocks if f'print("{says}' in block or f'print(f"{says}' in block)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
     exec(compile(code, "README.md", "exec"), {})
-    assert re.fullmatch(r"loss \d\.\d+, Fisher penalty \d+\.\d+, penalty / loss \d\.\d+\n", capsys.readouterr().out)
+    assert re.fullmatch(PYTHON[says], capsys.readouterr().out)
 
 
 def test_links_and_pictures_exist():

@@ -61,7 +61,8 @@ def define_flags() -> None:
         "preprocessing",
         "auto",
         ["auto", *PREPROCESSING],
-        "How images become frames; auto: medsam for a training checkpoint with a 'model' entry, else sam.",
+        "How images become frames; auto: medsam for a training checkpoint with a 'model' entry and for a file with "
+        "'medsam' in its name, else sam.",
     )
     flags.DEFINE_bool("check", False, "Compare with transformers' SamModel before writing (needs torch, transformers).")
 
@@ -72,7 +73,8 @@ def convert(source: Path, output: Path, *, preprocessing: str = "auto", check: b
     Args:
         source: a ``.pth`` or safetensors file.
         output: the weights folder to write.
-        preprocessing: ``sam``, ``medsam`` or ``auto``, which is ``medsam`` for a training checkpoint.
+        preprocessing: ``sam``, ``medsam`` or ``auto``, which is ``medsam`` for a training checkpoint and for a file
+            with ``medsam`` in its name.
         check: compare with transformers first, and print the differences.
 
     Returns:
@@ -87,12 +89,12 @@ def convert(source: Path, output: Path, *, preprocessing: str = "auto", check: b
         checking.require_libraries()
     plan = configuration.make_plan(sources.open_source(source))
     if preprocessing == "auto":
-        preprocessing = "medsam" if plan.source.is_training_checkpoint else "sam"
+        preprocessing, _ = _guess_preprocessing(plan.source)
     plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, **PREPROCESSING[preprocessing]))
 
     def approve(folder: Path) -> None:
         rows = checking.check(folder, plan.read_meta)
-        print("Beside transformers' SamModel:", *rows, sep="\n")
+        print("Beside transformers' SamModel in float64:", *rows, sep="\n")
         if not all(row.agrees for row in rows):
             differing = ", ".join(row.what for row in rows if not row.agrees)
             raise DataError(
@@ -102,6 +104,15 @@ def convert(source: Path, output: Path, *, preprocessing: str = "auto", check: b
 
     weights.write(output, plan.config, plan.shapes, plan.read, _card(plan), approve=approve if check else None)
     return plan
+
+
+def _guess_preprocessing(source: sources.Source) -> tuple[str, str]:
+    """``auto``: the preprocessing, and why."""
+    if source.is_training_checkpoint:
+        return "medsam", "the file is a training checkpoint, as MedSAM's are; --preprocessing=sam changes it"
+    if "medsam" in source.path.name.lower():
+        return "medsam", "the file's name says MedSAM; --preprocessing=sam changes it"
+    return "sam", "a plain state dict whose name does not say MedSAM; for MedSAM give --preprocessing=medsam"
 
 
 def title(config: SamConfig) -> str:
@@ -133,12 +144,7 @@ def _count(plan: Plan) -> int:
 def summary(plan: Plan, output: Path, preprocessing: str) -> str:
     """What was found and what was written, for a person."""
     c = plan.config
-    if preprocessing != "auto":
-        reason = "as asked"
-    elif plan.source.is_training_checkpoint:
-        reason = "the file is a training checkpoint, as MedSAM's are; --preprocessing=sam changes it"
-    else:
-        reason = "SAM and MedSAM look alike in a plain state dict; for MedSAM give --preprocessing=medsam"
+    reason = _guess_preprocessing(plan.source)[1] if preprocessing == "auto" else "as asked"
     lines = [
         f"{plan.source.path}: {title(c)}, {plan.source.container} with {plan.naming} names",
         f"  image {c.image_size}, patch {c.patch_size}, width {c.embed_dim}, {c.depth} blocks, {c.num_heads} heads, "

@@ -8,6 +8,7 @@ import importlib.util
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,8 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             members = {name.rpartition("/")[2] for name in archive.namelist()}
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{path} is damaged ({error}); {_AGAIN}.") from error
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # RuntimeError: method or encryption
+        raise DataError(f"{path} is damaged ({_first_line(error)}); {_AGAIN}.") from error
     if damaged is not None:
         raise DataError(f"{path} is damaged: {damaged} in it does not have its checksum; {_AGAIN}.")
     if "constants.pkl" in members:

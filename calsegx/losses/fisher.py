@@ -10,13 +10,15 @@ letter of the paper, ``normalisation="raw"``, is tiny with voxel-mean losses and
 Modes, by how the gradient of the penalty is found:
 
 * ``exact``: reverse mode over reverse mode; the default;
-* ``finite_difference``: three first-order gradients; for decoders without a second derivative.  Its error is 1e-3
-  on a smooth decoder; with ReLU, whose kinks a difference sees and a derivative does not, 0.2 in the median sample of
-  SAM's, and more in some;
-* ``stochastic``: exact, on a random ``fraction`` of the samples (of the patches for ``centered``); unbiased;
+* ``finite_difference``: three first-order gradients; for decoders without a second derivative.  Its error, of the
+  penalty's share of the gradient, is 1e-3 on a smooth decoder; with ReLU, whose kinks a difference sees and a
+  derivative does not, 0.6 on the tiny SAM that ships (float32, four samples; others in docs/fisher.md);
+* ``stochastic``: exact, on a random ``fraction`` of the samples (of the patches for ``centered``); unbiased; for
+  one device, except for ``centered``;
 * ``every_k``: exact, on every ``every``-th step, times ``every``;
 * ``perturbed``: one gradient at shifted features, wrong unless the shift is small (``check_measurements``).  That is
-  necessary, not sufficient: for decoders without kinks only; on SAM's it is useless (error 16 at a shift of 0.06).
+  necessary, not sufficient: for decoders without kinks only; on SAM's it is useless (error 35 of the penalty's share
+  at a shift of 0.06).  ``perturbed_error`` measures it.
 
 Reverse over reverse because it is the cheapest exact way: one forward pass gives task and penalty, and a layer costs
 6 matrix products against 3 of the plain step.  The others must know ``v = d penalty / d g`` before they start.  XLA's
@@ -36,7 +38,7 @@ from jaxtyping import Array, Float
 
 from calsegx.interfaces import Params, UsageError
 from calsegx.losses import cross_entropy, fisher_modes, fisher_readings
-from calsegx.losses.fisher_check import check_measurements, second_derivative_check, usable
+from calsegx.losses.fisher_check import check_measurements, perturbed_error, second_derivative_check, usable
 from calsegx.losses.fisher_modes import LossFunction, PerSample, Task
 from calsegx.losses.fisher_readings import NORMALISATIONS, READINGS, Patch, sample_labels
 
@@ -48,6 +50,7 @@ __all__ = [
     "READINGS",
     "check_measurements",
     "penalty",
+    "perturbed_error",
     "sample_labels",
     "second_derivative_check",
     "usable",
@@ -130,7 +133,7 @@ def value_and_grad(
         every: of ``every_k``.
         remat: sample after sample, for the memory of one; not with ``centered``, whose samples are tied.
         batched_args: which of ``args`` carry the batch axis (arrays or trees of them), for ``stochastic`` and
-            ``remat``, which take samples apart; None: all.
+            ``remat``, which take samples apart; None: the only one there is.
 
     Returns:
         ``step(params, z, *args, weight_scale=1.0, rng=None, step=None) -> ((total, measurements), grads)``.
@@ -138,13 +141,15 @@ def value_and_grad(
         (for ``every_k``, which penalises where ``step % every == 0``).  ``z`` is used in float32, or in its own
         precision where that is higher.  ``total`` is the differentiated objective.  Measurements, all scalars:
         ``loss`` (mean task loss), ``gradient_norm`` (of ``grads``) and, where the weight is not 0, ``penalty``,
-        ``ratio`` (weight * penalty / loss, without the warm-up), ``feature_gradient_norm`` (root mean square over
-        samples of ``|g_i|``), the three of the penalised samples, and 0 in the steps that ``every_k`` leaves out; for
-        ``perturbed`` also ``shift``, the largest ``|shift_i| / |z_i|`` (see ``check_measurements``).
+        ``ratio`` (weight * penalty / loss, without the warm-up; 0 where the loss is 0), ``feature_gradient_norm`` (root
+        mean square over samples of ``|g_i|``), the three of the penalised samples, and 0 in the steps that ``every_k``
+        leaves out; for ``perturbed`` also ``shift``, the largest ``|shift_i| / |z_i|`` (see ``check_measurements``).
 
     Raises:
         UsageError: for an option that is unknown, out of its range or in no use with the others; in the step, for a
-            missing ``rng`` or ``step``, a patch that does not fit, or an argument without the batch axis.
+            missing ``rng`` or ``step``, a patch that does not fit, an argument without the batch axis, several
+            arguments without ``batched_args`` where it is used, a loss that is not ``[B]``, or a task term with the
+            name of a measurement.
     """
     _check_reading(reading, normalisation, patch)
     _check_mode(weight, mode, reading, fraction, every, remat)
@@ -170,7 +175,7 @@ def value_and_grad(
         batched = tuple(batched_args is None or index in batched_args for index in range(len(args)))
         compute = base
         if remat:
-            _check_batched(batched, args, batch)
+            _check_batched(batched_args, batched, args, batch)
             compute = fisher_modes.one_at_a_time(base, batched)
         if mode == "stochastic":
             if rng is None:
@@ -178,7 +183,7 @@ def value_and_grad(
             if reading == "centered":
                 kept = _random_patches(rng, batch, fisher_readings.count_patches(z.shape, patch), fraction)
             else:
-                _check_batched(batched, args, batch)
+                _check_batched(batched_args, batched, args, batch)
                 size = max(1, round(fraction * batch))
                 compute = fisher_modes.on_a_subset(compute, batched, rng, size)
         elif mode == "every_k":
@@ -203,7 +208,7 @@ def value_and_grad(
         value = jnp.mean(outcome.contributions)
         measurements |= {
             "penalty": value,
-            "ratio": weight * value / loss,
+            "ratio": jnp.where(loss != 0, weight * value / loss, 0.0),
             "feature_gradient_norm": jnp.sqrt(jnp.mean(outcome.squared_norms)),
             "gradient_norm": _global_norm(outcome.grads),
         }
@@ -241,7 +246,14 @@ def _check_mode(weight: float, mode: str, reading: str, fraction: float, every: 
         )
 
 
-def _check_batched(batched: tuple[bool, ...], args: tuple[Any, ...], batch: int) -> None:
+def _check_batched(
+    batched_args: tuple[int, ...] | None, batched: tuple[bool, ...], args: tuple[Any, ...], batch: int
+) -> None:
+    if batched_args is None and len(args) > 1:
+        raise UsageError(
+            f"The Fisher loss has {len(args)} arguments after the features; name those that carry the batch axis with "
+            "batched_args, for instance batched_args=(0,)."
+        )
     for index, arg in enumerate(fisher_modes.only(batched, args)):
         for leaf in jax.tree.leaves(arg):
             if jnp.ndim(leaf) == 0 or leaf.shape[0] != batch:

@@ -32,6 +32,8 @@ def usable(measurements: Mapping[str, Float[Array, ""]]) -> Bool[Array, ""]:
 def check_measurements(measurements: Mapping[str, Any], step: int, advice: str = _ADVICE) -> None:
     """Stop on what ``usable`` refuses, with the step and the quantity by name.  On the host: it reads the values.
 
+    A small shift is necessary for the mode ``perturbed``, not sufficient: see ``perturbed_error``.
+
     Args:
         measurements: of ``value_and_grad``'s step.
         step: its number, for the message.
@@ -73,7 +75,10 @@ def second_derivative_check(
 
     All readings and normalisations are quadratic forms of the same gradients, so that one check serves them all, and
     the modes ``exact``, ``stochastic`` and ``every_k``.  ``finite_difference`` and ``perturbed`` need no second
-    derivative and no check.
+    derivative; what ``perturbed`` needs, ``perturbed_error`` measures.
+
+    ``loss_fn`` must not draw labels from the model (``sample_labels``): a label that flips between two steps makes
+    the difference a jump.
 
     Args:
         loss_fn: as in ``value_and_grad``.
@@ -119,6 +124,49 @@ def second_derivative_check(
         f"penalty is {np.array(slopes)}, finite differences say {np.array(differences)}; look for a "
         "stop_gradient or a custom_vjp (a fused attention kernel) between the features and the loss."
     )
+
+
+def perturbed_error(
+    loss_fn: fisher_modes.LossFunction,
+    params: Params,
+    z: Float[Array, "B ..."],
+    *args: Any,
+    weight: float,
+    reading: str = "per_sample",
+    normalisation: str = "relative",
+    batch: int | None = None,
+) -> float:
+    """How wrong the mode ``perturbed`` is: ``|perturbed - exact| / |exact - plain|`` of the parameters' gradients.
+
+    The error of the penalty's share, in float64, where a share that is small against the task's gradient is no
+    rounding.  A small shift does not imply a small error: on SAM's decoder, whose ReLU units switch, it is useless.
+
+    Args:
+        loss_fn: as in ``value_and_grad``; its second derivative must exist.
+        params: the parameters to check at.
+        z: features; two samples are plenty.
+        args: passed on to ``loss_fn``; arrays, or trees of them.
+        weight: of the penalty; the error grows with it.
+        reading: of the penalty.
+        normalisation: of the penalty.
+        batch: samples of a step, for the reading ``batch_mean``; None: those given.
+    """
+
+    def form(gradient: Array, features: Array) -> Array:
+        options = {"reading": reading, "normalisation": normalisation, "patch": None, "batch": batch or z.shape[0]}
+        return fisher_readings.contributions(gradient, features, **options)
+
+    @jax.jit
+    def gradients(params: Params, z: Array, args: tuple[Any, ...]) -> tuple[Params, Params, Params]:
+        params, z, args = jax.tree.map(_to_float64, (params, z, args))
+        modes = fisher_modes.perturbed, fisher_modes.exact
+        perturbed, exact = (mode(loss_fn, form, params, z, args, weight).grads for mode in modes)
+        return perturbed, exact, fisher_modes.plain(loss_fn, params, z, args)[1]
+
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for g in gradients(params, z, args)]
+    perturbed, exact, plain = flat
+    return float(np.linalg.norm(perturbed - exact) / np.linalg.norm(exact - plain))
 
 
 def _raw_penalty(loss_fn: fisher_modes.LossFunction, params: Params, z: Array, args: tuple[Any, ...]) -> Array:

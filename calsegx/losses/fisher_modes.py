@@ -19,17 +19,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from calsegx.interfaces import Params
+from calsegx.interfaces import Params, UsageError
 from calsegx.losses import cross_entropy, fisher_readings
 
 PerSample = Float[Array, " B"]
 Task = PerSample | dict[str, PerSample]  # one loss, or named terms that are added
 LossFunction = Callable[..., PerSample | tuple[Task, PerSample]]  # (params, z, *args)
 Form = Callable[[Array, Array], PerSample]
+RESERVED = frozenset({"loss", "penalty", "ratio", "gradient_norm", "feature_gradient_norm", "shift"})  # measurements
 
 # Of the features' norm.  Where a ReLU unit switches between the two evaluations the gradient jumps by J, and the
-# result by J / step: a smaller step is wrong less often, but by more, and needs more digits.  Largest and median error
-# of 24 samples, tiny SAM: 7.4 and 0.29 at 0.02, 2.2 and 0.19 at 0.01, 10 and 0.0006 at 2e-5.
+# result by J / step: a smaller step is wrong less often, but by more, and needs more digits.  At this one the error of
+# the penalty's share is 0.6 on the tiny SAM that ships (float32, four samples); docs/fisher.md has other measurements.
 _RELATIVE_STEP = 0.01
 
 
@@ -46,9 +47,26 @@ class Outcome(NamedTuple):
 Mode = Callable[[LossFunction, Form, Params, Array, tuple[Any, ...], Array | float], Outcome]
 
 
-def pair(value: PerSample | tuple[Task, PerSample]) -> tuple[Task, PerSample]:
-    """(task, penalised); a loss function that gives one loss penalises that one."""
-    return value if isinstance(value, tuple) else (value, value)
+def pair(loss_fn: LossFunction, params: Params, z: Array, args: tuple[Any, ...]) -> tuple[Task, PerSample]:
+    """(task, penalised) of the samples; a loss function that gives one loss penalises that one.
+
+    Raises:
+        UsageError: for a loss that is not ``[B]``, which would scale the penalty without a word, or a term of the task
+            that has the name of a measurement.
+    """
+    value = loss_fn(params, z, *args)
+    task, penalised = value if isinstance(value, tuple) else (value, value)
+    for loss in (*jax.tree.leaves(task), penalised):
+        if jnp.shape(loss) != z.shape[:1]:
+            raise UsageError(
+                f"The Fisher loss gives an array of shape {jnp.shape(loss)} for features {z.shape}, where every loss "
+                f"must have one value per sample, shape {z.shape[:1]}; reduce over all axes but the first."
+            )
+    if isinstance(task, dict) and (taken := sorted(RESERVED & task.keys())):
+        raise UsageError(
+            f"A task term of the Fisher loss is named {taken[0]!r}, the name of another measurement; name it otherwise."
+        )
+    return task, penalised
 
 
 def mean_of(task: Task) -> Float[Array, ""]:
@@ -61,7 +79,7 @@ def plain(loss_fn: LossFunction, params: Params, z: Array, args: tuple[Any, ...]
     """The task loss and its gradient, without any penalty."""
 
     def objective(params: Params) -> tuple[Array, Task]:
-        task, _ = pair(loss_fn(params, z, *args))
+        task, _ = pair(loss_fn, params, z, args)
         return mean_of(task), task
 
     grads, task = jax.grad(objective, has_aux=True)(params)
@@ -72,7 +90,7 @@ def feature_gradient(loss_fn: LossFunction, params: Params, z: Array, args: tupl
     """``g`` of all samples by one backward pass, and the task loss of the same forward pass."""
 
     def summed(features: Array) -> tuple[Array, Task]:
-        task, penalised = pair(loss_fn(params, features, *args))
+        task, penalised = pair(loss_fn, params, features, args)
         return jnp.sum(penalised), task
 
     return jax.grad(summed, has_aux=True)(z)
@@ -95,7 +113,11 @@ def exact(
 def finite_difference(
     loss_fn: LossFunction, form: Form, params: Params, z: Array, args: tuple[Any, ...], weight: Array | float
 ) -> Outcome:
-    """First-order gradients at ``z`` and ``z +- 0.01 |z_i| v_i / |v_i|``, for decoders without a second derivative."""
+    """First-order gradients at ``z`` and ``z +- 0.01 |z_i| v_i / |v_i|``, for decoders without a second derivative.
+
+    In at least float32: the difference of two gradients in half precision is mostly rounding.
+    """
+    given, params = params, jax.tree.map(cross_entropy.at_least_float32, params)
     task, gradient, pull = _first_order(loss_fn, params, z, args)
     v = jax.grad(lambda g: jnp.mean(form(g, z)))(gradient)
     length, lengths = jnp.sqrt(fisher_readings.squared_norms(v)), jnp.sqrt(fisher_readings.squared_norms(z))
@@ -106,11 +128,12 @@ def finite_difference(
 
     def add(grads: Params, sign: Array) -> tuple[Params, None]:
         shifted, scale = z + sign * offset, weight * sign * coefficients
-        more = jax.grad(lambda p: jnp.sum(scale * pair(loss_fn(p, shifted, *args))[1]))(params)
+        more = jax.grad(lambda p: jnp.sum(scale * pair(loss_fn, p, shifted, args)[1]))(params)
         return jax.tree.map(lambda a, b: (a + b).astype(a.dtype), grads, more), None
 
     # A loop, so that the two evaluations use the same memory.
     grads, _ = jax.lax.scan(add, pull(1.0, 0.0), jnp.asarray([1.0, -1.0], z.dtype))
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, given)
     return Outcome(task, form(gradient, z), fisher_readings.squared_norms(gradient), jnp.zeros_like(length), grads)
 
 
@@ -123,7 +146,7 @@ def perturbed(
     """
     task, gradient, pull = _first_order(loss_fn, params, z, args)
     shift = weight * z.shape[0] * jax.grad(lambda g: jnp.mean(form(g, z)))(gradient)
-    grads = jax.grad(lambda p: jnp.mean(pair(loss_fn(p, z + shift, *args))[1]))(params)
+    grads = jax.grad(lambda p: jnp.mean(pair(loss_fn, p, z + shift, args)[1]))(params)
     if isinstance(jax.eval_shape(loss_fn, params, z, *args), tuple):
         grads = jax.tree.map(jnp.add, grads, pull(1.0, -1.0))
     norms, lengths = fisher_readings.squared_norms(shift), fisher_readings.squared_norms(z)
@@ -154,7 +177,8 @@ def one_at_a_time(mode: Mode, batched: tuple[bool, ...]) -> Mode:
 def on_a_subset(mode: Mode, batched: tuple[bool, ...], rng: Array, size: int) -> Mode:
     """``mode`` for ``size`` random samples, the plain step for the others: ``1 + size / B`` times the plain cost or so.
 
-    Every sample is as likely to be chosen, so that the mean of ``q_i`` over the chosen ones is unbiased.
+    Every sample is as likely to be chosen, so that the mean of ``q_i`` over the chosen ones is unbiased.  For one
+    device: XLA answers a choice along a split batch axis by gathering the batch on every device.
     """
 
     def split(
@@ -214,7 +238,7 @@ def _first_order(
     An explicit ``vjp``: inside a function that is differentiated again, JAX would ask for the second derivative even
     of constants.
     """
-    (task, penalised), pull = jax.vjp(lambda p, x: pair(loss_fn(p, x, *args)), params, z)
+    (task, penalised), pull = jax.vjp(lambda p, x: pair(loss_fn, p, x, args), params, z)
 
     def cotangents(a: float, b: float) -> tuple[Task, PerSample]:
         return jax.tree.map(lambda t: jnp.full_like(t, a), task), jnp.full_like(penalised, b)

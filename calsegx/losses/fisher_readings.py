@@ -108,7 +108,15 @@ def sample_labels(rng: Array, logits: Float[Array, "B *spatial L"]) -> Int[Array
 
     Returns:
         int32 labels, from 0.
+
+    Raises:
+        UsageError: for keys of ``jax.random.PRNGKey``, whose shape does not tell one key from several.
     """
+    if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        raise UsageError(
+            f"sample_labels was given an array of {rng.dtype} (a legacy key of jax.random.PRNGKey); make the key with "
+            "jax.random.key(seed)."
+        )
     if rng.ndim:
         return jax.vmap(sample_labels)(rng, logits)
     logits = cross_entropy.at_least_float32(jax.lax.stop_gradient(logits))

@@ -212,11 +212,14 @@ def case_encoder(backbone: Backbone, batch_size: int, mesh: Mesh) -> Callable[..
     batch_size = encoder_batch(batch_size, backbone.feature_shape, mesh)
     params = sharding.replicate(mesh, backbone.encoder)
     whole, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
-    compiled = jax.jit(
+    # A view per device: the compiler would gather the whole batch where the encoder loops over blocks of it.
+    per_device = jax.shard_map(
         lambda params, frames: backbone.encode(params, frames).astype(jnp.bfloat16),
-        in_shardings=(whole, split),
-        out_shardings=split,
+        mesh=mesh,
+        in_specs=(whole.spec, split.spec),
+        out_specs=split.spec,
     )
+    compiled = jax.jit(per_device, in_shardings=(whole, split), out_shardings=split)
 
     def start(prepared: "preprocessing.PreparedCase", first: int) -> jax.Array:
         images = prepared.images[first : first + batch_size]

@@ -96,21 +96,27 @@ def make_train_step(
         mesh: with an axis ``data``; states are replicated, batches split.
 
     Returns:
-        ``(state, batch) -> (state, measurements)``.  The old state is donated: its arrays are gone
-        afterwards.  Where ``fisher.usable`` refuses the measurements (something is not finite), the state stays as
-        it was.  Measurements, float32 scalars: ``loss`` (without the Fisher penalty), ``task``,
-        ``gradient_norm`` (before clipping), ``learning_rate``; with the confidence penalty ``cmp`` (without
-        its weight); with the Fisher penalty ``penalty``, ``ratio`` (weighted penalty over loss, without the
-        warm-up), ``feature_gradient_norm`` and, of the mode ``perturbed``, ``shift``.
+        ``(state, batch) -> (state, measurements)``. The old state is donated: its arrays are gone afterwards. Where
+        ``fisher.usable`` refuses the measurements (something is not finite), parameters and optimiser stay as they were
+        and ``step`` becomes -1, with which no later step trains either. Measurements, float32 scalars: ``loss``
+        (without the Fisher penalty), ``task``, ``gradient_norm`` (before clipping), ``learning_rate``; with the
+        confidence penalty ``cmp`` (without its weight); with the Fisher penalty ``penalty``, ``ratio`` (weighted
+        penalty over loss, without the warm-up), ``feature_gradient_norm`` and, of the mode ``perturbed``, ``shift``.
 
     Raises:
-        UsageError: for ``config.fisher.remat`` on more than one device.
+        UsageError: for ``config.fisher.remat`` on more than one device, and for the mode ``stochastic`` there, except
+            with the reading ``centered``, which leaves the batch whole.
     """
     with_fisher, with_confidence = configs.METHODS[config.method]
     if with_fisher and config.fisher.remat and mesh.size > 1:
         raise UsageError(
             f"--config.fisher.remat takes slice after slice, which would leave {mesh.size - 1} of {mesh.size} devices "
             "idle; leave it out, or train on one device."
+        )
+    if with_fisher and config.fisher.mode == "stochastic" and config.fisher.reading != "centered" and mesh.size > 1:
+        raise UsageError(
+            f"--config.fisher.mode='stochastic' takes the batch apart, for which each of {mesh.size} devices would "
+            "compute all of it; use --config.fisher.mode=every_k, or train on one device."
         )
     with_confidence = with_confidence and config.cmp.weight > 0
     loss_fn = make_loss_fn(decode, task_loss, penalised_loss, confidence_loss if with_confidence else None, config)
@@ -149,8 +155,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         new = train_state.TrainState(state.step + 1, params, opt_state)
-        usable = fisher.usable(measurements)
-        return jax.tree.map(lambda after, before: jnp.where(usable, after, before), new, state), measurements
+        usable = fisher.usable(measurements) & (state.step >= 0)
+        new = jax.tree.map(lambda after, before: jnp.where(usable, after, before), new, state)
+        return new._replace(step=jnp.where(usable, new.step, -1)), measurements
 
     whole, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
     compiled = jax.jit(step, in_shardings=(whole, whole, split), out_shardings=(whole, whole), donate_argnums=(0,))

@@ -109,9 +109,18 @@ def test_every_mode_and_both_memory_measurements(tmp_path):
     assert all(row["peak_bytes"] > 0 for row in rows.values())
 
 
+def test_a_wrong_compiled_step_is_not_timed():
+    row = {"framework": "torch.compile", "mode": "exact", "dtype": "float32", "seconds": 1.0, "gradient_error": 1e-6}
+    assert fisher_penalty.distrust(row) == row
+    wrong = fisher_penalty.distrust(row | {"gradient_error": 0.4})
+    assert wrong["seconds"] is None and wrong["status"] == "wrong: gradient error 4.0e-01"
+    assert fisher_penalty.distrust(row | {"gradient_error": 0.4, "mode": "finite_difference"})["seconds"] == 1.0
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # PyTorch's own code, inside its compiler
 def test_torch_compile_differentiates_twice():
-    problem = problems.make("4", 1, 1)
+    problem = problems.make("4", 2, 1)  # not 1: see fisher_penalty.distrust
     eager, compiled = (problems.torch_step(problem, name, "exact")() for name in ("torch", "torch.compile"))
     torch.testing.assert_close(compiled[:2], eager[:2], rtol=1e-4, atol=0)
     a, b = (torch_decoder.to_params(problem.params, result[2]) for result in (compiled, eager))

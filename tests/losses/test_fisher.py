@@ -89,6 +89,33 @@ def test_bfloat16_features_are_cast_first():
     assert_close(actual, expected, rtol=1e-6)
 
 
+def test_a_loss_of_zero_has_a_ratio_of_zero():
+    params, z, labels = problem()
+    step = compiled(lambda p, z, y: (0.0 * bce(p, z, y), bce(p, z, y)))
+    (_, measurements), _ = step(params, z, labels)
+    assert measurements["ratio"] == 0 < measurements["penalty"]
+
+
+@pytest.mark.parametrize("mode", ["exact", "finite_difference", "perturbed"])
+@pytest.mark.parametrize("reduce", [jnp.mean, lambda loss: loss[:, None], lambda loss: loss[:2]])
+def test_every_loss_must_be_per_sample(mode, reduce):
+    params, z, labels = problem()
+    for loss_fn in (
+        lambda p, z, y: reduce(bce(p, z, y)),
+        lambda p, z, y: (bce(p, z, y), reduce(bce(p, z, y))),
+        lambda p, z, y: ({"a": bce(p, z, y), "b": reduce(bce(p, z, y))}, bce(p, z, y)),
+    ):
+        with pytest.raises(UsageError, match=r"array of shape \(.*one value per sample, shape \(3,\)"):
+            jax.eval_shape(fisher.value_and_grad(loss_fn, mode=mode), params, z, labels)
+
+
+@pytest.mark.parametrize("name", ["loss", "penalty", "ratio", "gradient_norm", "feature_gradient_norm", "shift"])
+def test_task_terms_have_names_of_their_own(name):
+    params, z, labels = problem()
+    with pytest.raises(UsageError, match=f"is named {name!r}, the name of another measurement"):
+        jax.eval_shape(fisher.value_and_grad(lambda *a: ({name: bce(*a)}, bce(*a))), params, z, labels)
+
+
 def test_bad_options():
     with pytest.raises(UsageError, match="normalisation 'relativ' is not known; use relative or raw"):
         fisher.value_and_grad(bce, normalisation="relativ")

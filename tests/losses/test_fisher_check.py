@@ -116,6 +116,17 @@ def test_a_large_shift_is_refused(shift, good):
             fisher.check_measurements(measurements, 7)
 
 
+def test_error_of_perturbed():
+    """Small with a small weight, too large with one whose shift is still allowed."""
+    params, z, labels = problem()
+    errors = {}
+    for weight in (0.0003, 0.03):
+        errors[weight] = fisher.perturbed_error(pair, params, z, labels, weight=weight)
+        (_, measurements), _ = jax.jit(fisher.value_and_grad(pair, mode="perturbed", weight=weight))(params, z, labels)
+        assert measurements["shift"] < 0.1
+    assert errors[0.0003] < 0.01 < 0.1 < errors[0.03]
+
+
 def test_overflow_is_found():
     """Finite features and loss, but a penalty beyond float32."""
     params, z, labels = problem()

@@ -35,6 +35,17 @@ def test_finite_difference(reading, loss_fn):
     assert error < 0.002  # measured: 0.0013
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_finite_difference_with_half_precision_parameters(dtype):
+    """Right to the rounding of the result: the difference itself is taken in float32."""
+    params, z, labels = problem()
+    halves = jax.tree.map(lambda p: p.astype(dtype), params)
+    grads = compiled(pair, mode="finite_difference", weight=1.0)(halves, z, labels)[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(dtype)}
+    single = jax.tree.map(lambda p: p.astype(jnp.float32), halves)
+    assert relative_error(grads, compiled(pair, weight=1.0)(single, z, labels)[1]) < 2**-8
+
+
 def test_finite_difference_needs_no_second_derivative():
     """A backward rule that refuses to be differentiated, as those of fused kernels do."""
 
@@ -240,15 +251,20 @@ def test_missing_arguments_of_the_step():
         return bce(params, z * frozen["scale"], labels)
 
     frozen = {"scale": jnp.ones(())}
-    with pytest.raises(UsageError, match=r"Argument 0 .* shape \(\) without the batch axis of 3; .* batched_args"):
-        fisher.value_and_grad(loss_fn, remat=True)(params, z, frozen, labels)
+    for options in ({"remat": True}, {"mode": "stochastic"}):
+        more = {"rng": jax.random.key(0)}
+        with pytest.raises(UsageError, match=r"Argument 0 .* shape \(\) without the batch axis of 3; .* batched_args"):
+            fisher.value_and_grad(loss_fn, batched_args=(0, 1), **options)(params, z, frozen, labels, **more)
+        with pytest.raises(UsageError, match="has 2 arguments after the features; name those .* with batched_args"):
+            fisher.value_and_grad(loss_fn, **options)(params, z, frozen, labels, **more)
     step = jax.jit(fisher.value_and_grad(loss_fn, remat=True, batched_args=(1,)))
     assert_close(step(params, z, frozen, labels), compiled(bce)(params, z, labels))
 
 
 @pytest.mark.slow
 def test_gradient_errors_on_the_tiny_sam():
-    """The decoder that ships, its own features of blobs: total gradients at the default weight."""
+    """The decoder that ships, its own features of blobs, the default weight: total gradients, but of the modes that
+    evaluate shifted features the penalty's share."""
     sam, samples = backbone.load_backbone(None, 1), 4
     rng = np.random.default_rng(0)
     centres = rng.uniform(16, 48, size=(samples, 2))
@@ -270,21 +286,26 @@ def test_gradient_errors_on_the_tiny_sam():
         return step, step(*arguments, rng=jax.random.key(0), step=0)
 
     _, ((_, measurements), expected) = gradient()
+    plain = flat(gradient(weight=0)[1][1])
+
+    def share_error(grads):
+        return relative_error(flat(grads) - plain, flat(expected) - plain)
+
     errors = {
         name: relative_error(gradient(**options)[1][1], expected)
         for name, options in {
-            "finite_difference": {"mode": "finite_difference"},
             "every_k": {"mode": "every_k", "every": 1},
             "remat": {"remat": True},
         }.items()
     }
     _, ((_, shifted), grads) = gradient(mode="perturbed")
-    errors |= {"perturbed": relative_error(grads, expected), "shift": shifted["shift"]}
+    errors |= {"perturbed": share_error(grads), "shift": shifted["shift"]}
+    errors["finite_difference"] = share_error(gradient(mode="finite_difference")[1][1])
     stochastic, _ = gradient(mode="stochastic", fraction=0.25)
     draws = [stochastic(*arguments, rng=jax.random.key(i))[1] for i in range(40)]
     errors["stochastic"] = np.mean([relative_error(draw, expected) for draw in draws])
     errors["stochastic mean"] = relative_error(jax.tree.map(lambda *g: sum(g) / len(g), *draws), expected)
     print({name: float(error) for name, error in errors.items()}, float(measurements["ratio"]))
-    assert errors["finite_difference"] < 0.5 < errors["perturbed"]  # ReLU units that switch
+    assert 0.1 < errors["finite_difference"] < 0.9 and errors["perturbed"] > 5  # measured: 0.6 and 35; ReLU switches
     assert errors["every_k"] < 1e-5 and errors["remat"] < 1e-4
     assert errors["stochastic mean"] < 0.5 * errors["stochastic"]

@@ -152,6 +152,11 @@ def test_groups_of_prompts_per_image():
         expected = decode()(params, z, Prompts(points=points[:, group], labels=labels[:, group]))
         np.testing.assert_allclose(logits[:, group], expected[0], atol=1e-4, rtol=0)
         np.testing.assert_allclose(iou[:, group], expected[1], atol=1e-5, rtol=0)
+    _, geometry = sam.preprocess(tiny()[0], [np.zeros((40, 60, 3), np.uint8), np.zeros((50, 30, 3), np.uint8)])
+    masks = sam.postprocess(tiny()[0], logits, geometry)
+    assert [mask.shape for mask in masks] == [(3, 3, 40, 60), (3, 3, 50, 30)]
+    one = sam.postprocess(tiny()[0], logits[1], sam.Geometry(geometry.original[1:], geometry.resized[1:], 256))
+    np.testing.assert_allclose(masks[1], one, atol=1e-5, rtol=0)
     shared = decode()(params, z[1:], Prompts(points=points[1], labels=labels[1]))
     np.testing.assert_allclose(shared[0], logits[1], atol=1e-4, rtol=0)
 
@@ -162,6 +167,9 @@ def test_groups_of_prompts_per_image():
         Prompts(points=np.zeros((3, 1, 2)), labels=np.ones((3, 1))),
         Prompts(points=np.zeros((2, 1, 2)), labels=np.ones((2, 1)), boxes=np.zeros((1, 4))),
         Prompts(points=np.zeros((2, 1, 2))),
+        Prompts(points=np.zeros((2, 3, 2)), labels=np.ones((2, 1))),
+        Prompts(points=np.zeros((2, 3, 3)), labels=np.ones((2, 3))),
+        Prompts(masks=np.zeros((2, 1, 64, 64))),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused(prompts):
@@ -174,3 +182,33 @@ def test_window_partition_round_trip_on_a_grid_that_is_not_square():
     windows, grid = attention.partition(x, 5)
     assert windows.shape == (2 * 2 * 3, 5, 5, 3)
     np.testing.assert_array_equal(attention.unpartition(windows, 5, grid, (7, 13)), x)
+
+
+def test_another_image_size_with_the_same_parameters():
+    """A configuration with another image size uses the stored tables, interpolated: from image to mask."""
+    config, params = tiny()
+    small = dataclasses.replace(config, image_size=160)
+    images, geometry = sam.preprocess(small, np.full((50, 80, 3), 90, np.uint8))
+    z = sam.encode(small, params, images)
+    assert images.shape == (1, 160, 160, 3) and z.shape == (1, 10, 10, 256)
+    np.testing.assert_allclose(z, sam.encode(config, params, images), atol=2e-5, rtol=0)
+    logits, _ = sam.decode(small, params, z, Prompts(boxes=np.array([[10.0, 10.0, 90.0, 70.0]])))
+    assert sam.postprocess(small, logits, geometry).shape == (1, 3, 50, 80)
+
+
+def test_frames_that_are_not_whole_patches_are_refused():
+    with pytest.raises(UsageError, match="100 x 96 pixels are not whole patches of 16"):
+        sam.encode(*tiny(), np.zeros((1, 100, 96, 3), np.float32))
+
+
+def test_float32_products_are_exact_on_any_device():
+    """A GPU multiplies float32 in TF32 unless told otherwise."""
+    config, params = tiny()
+    z = jax.ShapeDtypeStruct((1, 16, 16, 256), jnp.float32)
+    prompts = Prompts(boxes=jax.ShapeDtypeStruct((1, 4), jnp.float32))
+    for text in (
+        jax.jit(functools.partial(sam.encode, config)).lower(params, np.zeros((1, 64, 64, 3), np.float32)).as_text(),
+        jax.jit(functools.partial(sam.decode, config)).lower(params, z, prompts).as_text(),
+    ):
+        products = [line for line in text.splitlines() if "dot_general" in line]
+        assert products and all("HIGHEST" in line for line in products)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 
 import jax
@@ -119,6 +120,30 @@ def test_a_flipped_byte_is_found(tmp_path, params):
     content[-7] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match="model.safetensors does not have the checksum"):
+        sam.load(tmp_path / "w")
+
+
+def replaced(folder, params, name, data):
+    sam.save(folder, SMALL, params, "card")
+    (folder / name).write_bytes(data)
+    sums = "".join(f"{weights.sha256(folder / file)}  {file}\n" for file in weights.FILES)
+    (folder / "SHA256SUMS").write_text(sums)
+
+
+@pytest.mark.parametrize("data", [b"[]", b"3", b"null", b"{", b"\xff", b'{"unknown": 1}'])
+def test_a_configuration_that_is_none_is_named(tmp_path, params, data):
+    replaced(tmp_path / "w", params, "config.json", data)
+    with pytest.raises(DataError, match=r"config.json is no SAM configuration \(.*\); get the folder again"):
+        sam.load(tmp_path / "w")
+
+
+HEADER = json.dumps({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}).encode()
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\xff" * 64, len(HEADER).to_bytes(8, "little") + HEADER])
+def test_weights_without_a_header_or_end_are_named(tmp_path, params, data):
+    replaced(tmp_path / "w", params, "model.safetensors", data)
+    with pytest.raises(DataError, match=r"model.safetensors is no whole safetensors file \(.*\); get the folder again"):
         sam.load(tmp_path / "w")
 
 

@@ -47,6 +47,15 @@ except UsageError as error:
 else:
     raise AssertionError("a batch of 6 was split over 4 devices")
 
+config.fisher.mode = "stochastic"
+try:
+    train_step.make_train_step(
+        backbone.decode, backbone.frozen, *toy.terms(config).values(), config, optimizer, mesh)
+except UsageError as error:
+    assert "each of 4 devices would compute all of it; use --config.fisher.mode=every_k" in str(error)
+else:
+    raise AssertionError("a random share of a split batch was taken")
+
 # Eleven slices through a small SAM: batches of three on one device, of four on four devices (one slice each).
 small = dataclasses.replace(presets.TINY, image_size=64, embed_dim=16, depth=2, num_heads=2, out_chans=16,
                             window_size=4, decoder_mlp_dim=16)

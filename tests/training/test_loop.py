@@ -203,17 +203,55 @@ def test_a_mode_without_second_derivative_is_not_checked(cache, mesh, tmp_path, 
 
 
 def test_every_k_logs_the_last_penalty_that_was_computed(cache, mesh, tmp_path):
-    config = toy.config(method="sam_fip", steps=8, log_every=4)
+    config = toy.config(method="sam_fip", steps=8, log_every=2)
     config.fisher.mode, config.fisher.every = "every_k", 4
     toy.train(config, cache, tmp_path, mesh)
     logged = [line for line in lines(tmp_path) if "loss" in line]
-    assert [line["step"] for line in logged] == [4, 8]
-    assert all(line["penalty"] > 0 and line["feature_gradient_norm"] > 0 for line in logged)
+    assert [line["step"] for line in logged] == [2, 4, 6, 8]
+    for name in ("penalty", "ratio", "feature_gradient_norm"):  # computed in steps 1 and 5
+        values = [line[name] for line in logged]
+        assert values[0] == values[1] != values[2] == values[3] and min(values) > 0
 
 
-def test_a_shift_that_is_too_large_stops_the_run(cache, mesh, tmp_path):
+def test_every_k_without_a_penalty_yet_logs_none(cache, mesh, tmp_path, monkeypatch):
+    """After a resume in the middle of ``every`` steps."""
+    config = toy.config(method="sam_fip", steps=12)
+    config.fisher.mode, config.fisher.every = "every_k", 6
+    with monkeypatch.context() as patch:
+        interrupt(patch, 8)
+        with pytest.raises(Interrupted):
+            toy.train(config, cache, tmp_path, mesh)
+    toy.train(config, cache, tmp_path, mesh, resume=True)
+    with_penalty = [line["step"] for line in lines(tmp_path) if "penalty" in line]
+    with_loss = [line["step"] for line in lines(tmp_path) if "loss" in line]
+    assert with_loss == list(range(1, 13)) and with_penalty == [1, 2, 3, 4, *range(7, 13)]
+
+
+def test_a_penalty_of_zero_is_logged_as_zero(cache, mesh, tmp_path):
+    """Logits that saturate: the gradient is 0, and so is the penalty that is logged, not an older one."""
+    config = toy.config(method="sam_fip")
+    waiting = [(step, {"loss": 1.0, "penalty": value}) for step, value in ((1, 2.0), (2, 0.0))]
+    waiting = [(step, {**values, "ratio": 0.0, "feature_gradient_norm": 0.0}) for step, values in waiting]
+    with checkpoints.Checkpoints(tmp_path / "checkpoints") as saved:
+        assert loop._fetch_finite(config, waiting, saved, {})["penalty"] == 0
+
+
+def test_perturbed_is_compared_with_exact_at_start_up(cache, mesh, tmp_path):
+    config = toy.config(method="sam_fip", steps=1)
+    config.fisher.mode, config.fisher.weight = "perturbed", 1e3
+    with pytest.raises(
+        InputError, match=r"by --config.fisher.mode=perturbed is wrong by .* use --config.fisher.mode=e"
+    ):
+        toy.train(config, cache, tmp_path / "bad", mesh)
+    assert not (tmp_path / "bad" / "metrics.jsonl").exists()
+    config.fisher.weight = 1e-3
+    toy.train(config, cache, tmp_path / "good", mesh)
+
+
+def test_a_shift_that_is_too_large_stops_the_run(cache, mesh, tmp_path, monkeypatch):
     config = toy.config(method="sam_fip")
     config.fisher.mode, config.fisher.weight, config.fisher.warmup_fraction = "perturbed", 1e3, 0.0
+    monkeypatch.setattr(loop.fisher, "perturbed_error", lambda *arguments, **options: 0.0)  # let the start-up pass
     with pytest.raises(InputError, match=r"step 1: the features were shifted by .* no checkpoint was written"):
         toy.train(config, cache, tmp_path, mesh)
     assert not (tmp_path / "model").exists()

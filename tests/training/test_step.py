@@ -153,7 +153,8 @@ def test_evaluation_is_per_sample(mesh, batch):
 def test_fisher_options_reach_the_step(changes, mesh, batch):
     config = toy.config(method="sam_fip", fisher=configs.FisherConfig(warmup_fraction=0.0, **changes))
     configs.validate(config)
-    _, expected = run(toy.config(method="sam_fip"), mesh, batch)
+    reference = toy.config(method="sam_fip", fisher=configs.FisherConfig(warmup_fraction=0.0))
+    exact, expected = run(reference, mesh, batch)
     state, values = run(config, mesh, batch)
     names = set(expected) | ({"shift"} if config.fisher.mode == "perturbed" else set())
     assert set(values) == names
@@ -166,8 +167,50 @@ def test_fisher_options_reach_the_step(changes, mesh, batch):
     assert (abs(values["penalty"] / expected["penalty"] - 1) > 1e-3) == (
         changes not in same and config.fisher.mode != "perturbed"
     )
+    if changes not in ({"mode": "every_k", "every": 2}, {"remat": True}):
+        differs = jax.tree.map(lambda a, b: np.any(a != b), state.params, exact.params)
+        assert any(jax.tree.leaves(differs))  # the option was not ignored
+    if changes in ({"mode": "finite_difference"}, {"remat": True}):
+        first, second = (jax.tree.leaves(s.opt_state) for s in (state, exact))  # Adam's moments: the gradients
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02 * np.abs(b).max()), first, second
+        )
     again, _ = run(config, mesh, batch)
     jax.tree.map(np.testing.assert_array_equal, state, again)  # its randomness is that of seed and step
+
+
+def test_every_k_penalises_every_second_step_twice(mesh, batch):
+    fisher_config = configs.FisherConfig(warmup_fraction=0.0, mode="every_k", every=2)
+    take_step, state = build(toy.config(method="sam_fip", fisher=fisher_config), mesh)
+    twice = toy.config(method="sam_fip", fisher=configs.FisherConfig(warmup_fraction=0.0, weight=0.2))
+    expected_state, expected = run(twice, mesh, batch)
+    state, values = take_step(state, batch)
+    np.testing.assert_allclose(values["gradient_norm"], expected["gradient_norm"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state, expected_state)
+    plain, _ = build(toy.config(method="sam_ft"), mesh)
+    copy = jax.tree.map(jnp.copy, state)
+    _, values = take_step(state, batch)
+    _, expected = plain(copy, batch)
+    assert values["penalty"] == 0
+    np.testing.assert_allclose(values["gradient_norm"], expected["gradient_norm"], rtol=1e-5)
+
+
+def test_remat_takes_sample_after_sample(mesh, batch):
+    """Its result is that of the plain order, so that only the program shows it: the decoder sees one sample."""
+    seen = set()
+
+    def decode(params, frozen, z, prompts):
+        seen.add(z.shape[0])
+        return toy.decode(params, frozen, z, prompts)
+
+    for remat, expected in ((True, {1}), (False, {4})):
+        seen.clear()
+        config = toy.config(method="sam_fip", fisher=configs.FisherConfig(remat=remat))
+        optimizer, made = train_state.make_optimizer(config), toy.backbone()
+        terms = toy.terms(config).values()
+        take_step = train_step.make_train_step(decode, made.frozen, *terms, config, optimizer, mesh)
+        take_step(train_state.init_state(made.trainable, optimizer, mesh), batch)
+        assert seen == expected
 
 
 def run(config, mesh, batch):
@@ -189,9 +232,28 @@ def test_a_bad_step_leaves_the_state_as_it_was(quantity, mesh, batch):
     before = jax.device_get(state)
     after, values = take_step(state, batch)
     assert (quantity == "loss") == bool(np.isnan(values["loss"]))
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
+    jax.tree.map(np.testing.assert_array_equal, before[1:], jax.device_get(after)[1:])
+    assert after.step == -1
     with pytest.raises(InputError, match="stopped at step 5"):
         fisher.check_measurements(values, 5)
+
+
+def test_no_step_trains_after_a_bad_one(mesh, batch):
+    take_step, state = build(toy.config(method="sam_fip"), mesh)
+    before = jax.device_get(state)
+    bad = batch._replace(features=batch.features.at[0, 0, 0, 0].set(jnp.nan))
+    state, _ = take_step(state, bad)
+    for _ in range(2):
+        state, values = take_step(state, batch)
+        assert fisher.usable(values) and state.step == -1
+    jax.tree.map(np.testing.assert_array_equal, before[1:], jax.device_get(state)[1:])
+
+
+def test_stochastic_wants_one_device():
+    config = toy.config(fisher=configs.FisherConfig(mode="stochastic"))
+    two = types.SimpleNamespace(size=2)
+    with pytest.raises(UsageError, match="each of 2 devices would compute all of it; use .*every_k"):
+        train_step.make_train_step(toy.decode, {}, *toy.terms(config).values(), config, None, two)
 
 
 def test_remat_wants_one_device(mesh):

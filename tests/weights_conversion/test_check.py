@@ -58,6 +58,30 @@ def test_the_comparison_sees_every_part(tmp_path):
         assert not all(row.agrees for row in check.check(tmp_path / str(number), plan.read_meta)), name
 
 
+def test_the_tolerance_is_the_stated_one_or_four_times_the_rounding_of_the_reference():
+    stated = check.TOLERANCES["mask logits"]
+    assert check.Row("mask logits", stated, 0.0).agrees and not check.Row("mask logits", 1.01 * stated, 0.0).agrees
+    assert check.Row("mask logits", 4 * stated, stated).agrees
+    assert not check.Row("mask logits", 4.1 * stated, stated).agrees
+
+
+def test_the_reference_is_computed_in_float64(tmp_path):
+    plan = convert_sam.convert(checkpoints.write_safetensors(tmp_path / "s"), tmp_path / "out")
+    model = check.build(plan.config, plan.read_meta)
+    inputs = check._inputs(plan.config, seed=0)
+    single = check._theirs(model, inputs)
+    double = check._theirs(model.double(), {name: check._widen(array) for name, array in inputs.items()})
+    for name in check.TOLERANCES:
+        assert {array.dtype for array in double[name]} == {np.dtype(np.float64)}
+        assert 0 < check._difference(single[name], double[name]) < 1e-4
+    # The tables pass through the softmax: one that is rounded to float32 hides this change, or magnifies it.
+    model.vision_encoder.layers[0].attn.rel_pos_h.data *= 1 + 1e-12
+    moved = check._theirs(model, {name: check._widen(array) for name, array in inputs.items()})
+    assert 0 < check._difference(moved["image embeddings"], double["image embeddings"]) < 1e-10
+
+
 def test_values_that_are_not_finite_do_not_agree():
-    assert not check.Row("x", float("inf"), float("inf")).agrees
-    assert check._difference(np.ones(2), np.array([1, np.nan])) == float("inf")
+    infinite = float("inf")
+    assert not check.Row("mask logits", infinite, infinite).agrees
+    assert not check.Row("mask logits", 0.0, infinite).agrees
+    assert check._difference([np.ones(2)], [np.array([1, np.nan])]) == infinite

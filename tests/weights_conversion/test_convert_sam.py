@@ -84,6 +84,27 @@ def test_medsam_preprocessing(tmp_path, out):
     assert "# MedSAM" in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "preprocessing", "reason"),
+    [
+        ("medsam_vit_b.safetensors", "medsam", "the file's name says MedSAM; --preprocessing=sam changes it"),
+        ("My-MedSAM", "medsam", "the file's name says MedSAM; --preprocessing=sam changes it"),
+        ("med_sam", "sam", "whose name does not say MedSAM; for MedSAM give --preprocessing=medsam"),
+    ],
+)
+def test_the_name_of_the_file_hints_at_medsam(tmp_path, name, preprocessing, reason):
+    folder = tmp_path / "medsam"  # the folder's name says nothing
+    folder.mkdir()
+    source = checkpoints.write_safetensors(folder / name)
+    plan = convert_sam.convert(source, tmp_path / "auto")
+    assert plan.config.preprocessing == sam.load(tmp_path / "auto")[0].preprocessing == preprocessing
+    assert f"preprocessing {preprocessing}: " in convert_sam.summary(plan, tmp_path / "auto", "auto")
+    assert reason in convert_sam.summary(plan, tmp_path / "auto", "auto")
+    asked = convert_sam.convert(source, tmp_path / "asked", preprocessing="sam")
+    assert asked.config.preprocessing == "sam"
+    assert "preprocessing sam: as asked" in convert_sam.summary(asked, tmp_path / "asked", "sam")
+
+
 @pytest.mark.parametrize("name", [checkpoints.SHARED, checkpoints.OWN])
 def test_the_matrix_of_positions_may_be_stored_once(tmp_path, out, name):
     state = checkpoints.transformers_state()
@@ -196,6 +217,27 @@ def cut(path, keep=0.6):
     return path
 
 
+def compressed(path, change):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data.pkl", bytes(range(256)) * 100)
+    data = bytearray(path.read_bytes())
+    change(data, data.index(b"PK\x01\x02"))
+    return content(path, data)
+
+
+def damage(data, _):
+    data[40] |= 6  # the first block's type, which deflate does not know: 30 bytes of header, 10 of name
+
+
+def encrypt(data, entry):
+    data[6] |= 1
+    data[entry + 8] |= 1
+
+
+def recode(data, entry):
+    data[8] = data[entry + 10] = 99
+
+
 def content(path, data):
     path.write_bytes(data)
     return path
@@ -232,6 +274,9 @@ FILES = {  # file -> what the sentence says
         DataError,
         "is damaged: a/data.pkl in it does not have its checksum",
     ),
+    "damaged deflate": (lambda path: compressed(path / "x", damage), DataError, "x is damaged .*invalid block type"),
+    "encrypted": (lambda path: compressed(path / "x", encrypt), DataError, "x is damaged .* is encrypted"),
+    "unknown method": (lambda path: compressed(path / "x", recode), DataError, "x is damaged .*not supported"),
     "zip": (lambda path: archive(path / "x", "sam.pth"), DataError, "is a zip archive but no PyTorch checkpoint"),
     "TorchScript": (
         lambda path: archive(path / "x", "a/data.pkl", "a/constants.pkl"),
@@ -371,9 +416,10 @@ def test_other_contents_of_a_checkpoint(tmp_path, out, torch, state, match):
 # ----------------------------------------------------------------------------------------------------- memory
 
 MEASURE = """
-import pathlib, resource, sys
+import pathlib, re
 from weights_conversion import convert_sam
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss: that one survives exec, and would begin at the peak of whoever started this.
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
 if {kind!r} == "torch":
     import torch
 libraries = peak()
@@ -383,7 +429,7 @@ print(peak() - libraries)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
 @pytest.mark.parametrize(("kind", "share"), [("safetensors", 0.15), ("torch", 1.1)])
 def test_peak_memory(tmp_path, kind, share):
     """On top of the libraries' 0.4 GB, as a share of the file: torch maps all of it, safetensors one array a time."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from calsegx.models.sam.layers import Projection
+from calsegx.models.sam.layers import Projection, stored
 
 # Logits that exist at once.  On CPU they should stay in the cache; on a GPU they only have to leave memory for others.
 LOGIT_BYTES_CPU = 4 << 20
@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
         if self.use_rel_pos:
             shape = (2 * self.table_size - 1, c // self.num_heads)
             names = ("rel_pos_h", "rel_pos_w")
-            tables = [self.param(name, nn.initializers.zeros_init(), shape) for name in names]
+            tables = [stored(self, name, nn.initializers.zeros_init(), shape) for name in names]
             tables = [relative_positions(t, s, s).astype(self.dtype) for t, s in zip(tables, grid, strict=True)]
         kernel, bias = Projection(3 * c, self.qkv_bias, name="qkv")(c)
         qkv = x @ kernel.astype(self.dtype)
@@ -144,8 +144,11 @@ def _attend(
 ) -> Float[Array, "n r w d"]:
     """Softmax in float32; the weights are divided by their sum after the product with ``v``, where it is smaller."""
     n, h, w, d = k.shape
-    queries = (q * d**-0.5).reshape(n, -1, d)
-    logits = jnp.einsum("nqd,nkd->nqk", queries, k.reshape(n, -1, d), preferred_element_type=jnp.float32)
+    queries, scale = q.reshape(n, -1, d), d**-0.5
+    if q.dtype != jnp.float32:  # scaling the logits instead saves a rounding; in float32 the queries are fewer
+        logits = scale * jnp.einsum("nqd,nkd->nqk", queries, k.reshape(n, -1, d), preferred_element_type=jnp.float32)
+    else:
+        logits = jnp.einsum("nqd,nkd->nqk", scale * queries, k.reshape(n, -1, d))
     if positions:
         rows, columns = positions
         logits = logits.reshape(n, -1, h, w) + rows.reshape(n, -1, h, 1) + columns.reshape(n, -1, 1, w)

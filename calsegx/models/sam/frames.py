@@ -113,8 +113,8 @@ def preprocess(
 
 
 def postprocess(
-    config: SamConfig, logits: Float[Array, "B M h w"], geometry: Geometry
-) -> Float[Array, "B M H0 W0"] | list[Float[Array, "M H0 W0"]]:
+    config: SamConfig, logits: Float[Array, "B *N M h w"], geometry: Geometry
+) -> Float[Array, "B *N M H0 W0"] | list[Float[Array, "*N M H0 W0"]]:
     """Mask logits at the original size; ``> 0`` is the mask in every convention.
 
     ``sam``: bilinear (no antialiasing) to S x S, cropped to the resized size, bilinear to the original size.
@@ -122,7 +122,8 @@ def postprocess(
 
     Args:
         config: as given to ``preprocess``.
-        logits: the decoder's, low resolution; for a single image B may be any number of prompts.
+        logits: the decoder's, low resolution; for a single image B may be any number of prompts.  ``[B, N, M, h, w]``,
+            N groups of prompts per image, works too and keeps its axes.
         geometry: from ``preprocess``.
 
     Returns:
@@ -133,6 +134,12 @@ def postprocess(
     """
     restore = _preset(config).restore
     count = len(geometry.original)
+    if logits.ndim == 5 and count in (1, logits.shape[0]):
+        masks = postprocess(config, logits.reshape(logits.shape[0], -1, *logits.shape[3:]), geometry)
+        groups = logits.shape[1:3]
+        if isinstance(masks, list):
+            return [mask.reshape(*groups, *mask.shape[1:]) for mask in masks]
+        return masks.reshape(*masks.shape[:1], *groups, *masks.shape[2:])
     if logits.ndim != 4 or logits.shape[2] != logits.shape[3] or count not in (1, logits.shape[0]):
         raise UsageError(
             f"Logits of shape {tuple(logits.shape)} do not belong to the square frames of {count} image(s); expected "

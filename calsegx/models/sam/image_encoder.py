@@ -25,9 +25,11 @@ class ImageEncoder(nn.Module):
         x = PatchEmbed(c, self.dtype, name="patch_embed")(images)
         if c.use_abs_pos:
             shape = (1, c.grid, c.grid, c.embed_dim)
-            pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), shape)
-            if x.shape[1:3] != (c.grid, c.grid):
-                rows, columns = (bicubic_weights(c.grid, size) for size in x.shape[1:3])
+            pos_embed = layers.stored(self, "pos_embed", nn.initializers.normal(0.02), shape)
+            if x.shape[1:3] != pos_embed.shape[1:3]:
+                rows, columns = (
+                    bicubic_weights(old, new) for old, new in zip(pos_embed.shape[1:3], x.shape[1:3], strict=True)
+                )
                 highest = jax.lax.Precision.HIGHEST
                 pos_embed = jnp.einsum("Hh,Ww,bhwc->bHWc", rows, columns, pos_embed, precision=highest)
             x = x + pos_embed.astype(self.dtype)

@@ -1,6 +1,7 @@
 """Small layers shared by SAM's encoder, prompt encoder and decoder."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -40,6 +41,13 @@ class Projection(nn.Module):
         return kernel, bias
 
 
+def stored(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Array:
+    """A parameter in the shape it was stored with: a table for another image size, which the caller resizes."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape)
+
+
 class UpscaleByTwo(nn.Module):
     """Stride-2 2x2 transposed convolution as one matmul, with the depth-to-space left to the caller.
 
@@ -61,8 +69,9 @@ class UpscaleByTwo(nn.Module):
 
 
 def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """Exact GELU, as torch computes it; JAX takes erfc, which XLA expands to more work."""
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+    """Exact GELU, as torch computes it, in at least float32; JAX takes erfc, which XLA expands to more work."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "*s"], name: str, epsilon: float) -> Float[Array, "*s"]:

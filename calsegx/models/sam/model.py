@@ -41,7 +41,24 @@ def init(config: SamConfig, rng: Array) -> Params:
 def encode(
     config: SamConfig, params: Params, images: Float[Array, "b H W 3"], dtype: jnp.dtype = jnp.float32
 ) -> Float[Array, "b h w c"]:
-    """Image embeddings of normalised, padded frames."""
+    """Image embeddings of normalised, padded frames.
+
+    Frames of another size than the configuration's, square or not, interpolate the position tables.
+
+    Args:
+        config: sizes of the model.
+        params: of the whole SAM, or of its ``image_encoder`` alone.
+        images: sides are multiples of the patch size.
+        dtype: what the encoder computes in; with bfloat16, softmax, LayerNorm, GELU and logits stay in float32.
+
+    Raises:
+        UsageError: for sides that are not multiples of the patch size.
+    """
+    if any(side % config.patch_size for side in images.shape[1:3]):
+        raise UsageError(
+            f"Frames of {images.shape[1]} x {images.shape[2]} pixels are not whole patches of {config.patch_size}; "
+            "pad them (sam.preprocess makes square frames of config.image_size)."
+        )
     return _apply(ImageEncoder(config, dtype), params["image_encoder"], images.astype(dtype))
 
 
@@ -115,6 +132,16 @@ def _groups(z: Float[Array, "b h w c"], prompts: Prompts) -> tuple[int, ...]:
     }
     if (prompts.points is None) != (prompts.labels is None):
         raise UsageError("Prompts.points and Prompts.labels come together: give one label per point (1, 0 or -1).")
+    last = {"points": (2,), "boxes": (4,), "masks": (4 * z.shape[1], 4 * z.shape[2], 1)}
+    for name, expected in last.items():
+        array = getattr(prompts, name)
+        if array is not None and tuple(array.shape[-len(expected) :]) != expected:
+            raise UsageError(f"Prompts.{name} has the shape {tuple(array.shape)}; expected it to end with {expected}.")
+    if prompts.points is not None and prompts.labels.shape != prompts.points.shape[:-1]:
+        raise UsageError(
+            f"Prompts.labels {tuple(prompts.labels.shape)} must be one label for each of Prompts.points "
+            f"{tuple(prompts.points.shape[:-1])}; fill up with the label -1, which is ignored."
+        )
     if not leading:
         return (z.shape[0],)
     groups = next(iter(leading.values()))
@@ -128,4 +155,7 @@ def _groups(z: Float[Array, "b h w c"], prompts: Prompts) -> tuple[int, ...]:
 
 
 def _apply(module: nn.Module, params: Params, *inputs: Any, method: str | None = None) -> Any:
-    return module.apply({"params": params}, *inputs, method=method)
+    """Products of float32 are exact ("highest": a GPU would take TF32), unless JAX's own option says otherwise."""
+    precision = jax.config.jax_default_matmul_precision or "highest"
+    with jax.default_matmul_precision(precision):
+        return module.apply({"params": params}, *inputs, method=method)

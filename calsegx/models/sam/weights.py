@@ -153,7 +153,8 @@ def load(folder: Path | str) -> tuple[SamConfig, Params]:
     """Read a weights folder: configuration and float32 parameters, numpy arrays, each held once.
 
     Raises:
-        DataError: when the folder is incomplete, a checksum differs, or names and shapes do not fit.
+        DataError: when the folder is incomplete, a checksum differs, a file is not what its name says, or names and
+            shapes do not fit.
     """
     folder = Path(folder)
     for name in (*FILES[:2], "SHA256SUMS"):
@@ -168,9 +169,12 @@ def load(folder: Path | str) -> tuple[SamConfig, Params]:
     except (ValueError, TypeError) as error:
         raise DataError(f"{folder / 'config.json'} is no SAM configuration ({error}); get the folder again.") from error
     path = folder / "model.safetensors"
-    with safetensors.safe_open(path, framework="numpy") as file:
-        names = list(file.keys())
-    flat = {name: read_array(path, name).astype(np.float32, copy=False) for name in names}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+        flat = {name: read_array(path, name).astype(np.float32, copy=False) for name in names}
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{path} is no whole safetensors file ({error}); get the folder again.") from error
     return config, unflatten(template(config), flat, str(path))
 
 
@@ -187,7 +191,9 @@ def template(config: SamConfig) -> Params:
 
 
 def _read_config(path: Path) -> SamConfig:
-    read: dict[str, Any] = json.loads(path.read_text())
+    read: Any = json.loads(path.read_text())
+    if not isinstance(read, dict):
+        raise ValueError(f"it holds a {type(read).__name__} instead of an object")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in read.items()}
     return SamConfig(**values)
 
