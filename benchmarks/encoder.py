@@ -74,6 +74,8 @@ def define_flags(values: flags.FlagValues) -> None:
     words = "Measure memory and compile time, in fresh processes."
     flags.DEFINE_bool("isolated", True, words, flag_values=values)
     flags.DEFINE_string("json", "", "File to write the rows to.", flag_values=values)
+    words = "Both frameworks under calsegx.memory, as the launch scripts; --nokeep_memory: glibc's default."
+    flags.DEFINE_bool("keep_memory", True, words, flag_values=values)
     words = "Used by the benchmark itself: measure this one in this process, print JSON."
     flags.DEFINE_string("case", "", words, flag_values=values)
 
@@ -81,7 +83,8 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(argv: Sequence[str]) -> None:
     """Run with the flags of the command line; an InputError is one sentence and exit code 1."""
     del argv
-    memory.keep_freed_memory()  # as the launch scripts do
+    if flags.FLAGS.keep_memory:
+        memory.keep_freed_memory()
     try:
         run(flags.FLAGS)
     except InputError as error:

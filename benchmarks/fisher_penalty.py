@@ -51,6 +51,8 @@ def define_flags(values: flags.FlagValues) -> None:
     define("json", "", "File to write the rows to.")
     define("markdown", "", "File to write the tables to.")
     define("isolated", "", "Used by the benchmark itself: measure the peak memory of this case, print JSON.")
+    words = "Both frameworks under calsegx.memory, as the launch scripts; --nokeep_memory: glibc's default."
+    flags.DEFINE_bool("keep_memory", True, words, flag_values=values)
     listed = functools.partial(flags.DEFINE_list, flag_values=values)
     listed("tables", ["1", "2", "3"], "Which tables to make.")
     listed("grids", ["64", "32", "16", "tiny"], "Feature grids; 64: SAM at 1024 pixels; tiny: the preset of the demo.")
@@ -282,7 +284,8 @@ def _distance(a: Params, b: Params) -> float:
 def main(argv: Sequence[str]) -> None:
     """Run with the flags of the command line; an InputError is one sentence and its exit code."""
     del argv
-    memory.keep_freed_memory()  # as the launch scripts do
+    if flags.FLAGS.keep_memory:
+        memory.keep_freed_memory()
     try:
         run(flags.FLAGS)
     except InputError as error:
