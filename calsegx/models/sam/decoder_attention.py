@@ -52,12 +52,12 @@ class DecoderAttention(nn.Module):
         width = q.shape[-1]
         heads = (self.num_heads, width // self.downsample_rate // self.num_heads)
         internal = heads[0] * heads[1]
-        inward = [Projection(internal, name=f"{name}_proj")(width) for name in "qkv"]
-        kernel, bias = Projection(width, name="out_proj")(internal)
-        projections = Projections(
-            *((kernel.reshape(width, *heads), bias.reshape(heads)) for kernel, bias in inward),
-            (kernel.reshape(*heads, width), bias),
+        q_proj, k_proj, v_proj = (
+            (kernel.reshape(width, *heads), bias.reshape(heads))
+            for kernel, bias in (Projection(internal, name=f"{name}_proj")(width) for name in "qkv")
         )
+        kernel, bias = Projection(width, name="out_proj")(internal)
+        projections = Projections(q_proj, k_proj, v_proj, (kernel.reshape(*heads, width), bias))
         side = cheaper_side(q.shape[1], k.shape[1], width, *heads) if self.side == "cheaper" else self.side
         hidden = None if ignored is None else jnp.where(ignored, -jnp.inf, 0.0).astype(q.dtype)
         return SIDES[side](q, k, v, projections, hidden)

@@ -124,29 +124,21 @@ def decode_tokens(
 
 def _groups(z: Float[Array, "b h w c"], prompts: Prompts) -> tuple[int, ...]:
     """``(B,)`` or ``(B, N)``: the leading axes that all given prompts share."""
-    ranks = {"points": 2, "labels": 1, "boxes": 1, "masks": 3}
-    leading = {
-        name: tuple(array.shape[: array.ndim - ranks[name]])
-        for name, array in prompts._asdict().items()
-        if array is not None
-    }
-    if (prompts.points is None) != (prompts.labels is None):
+    given = {name: tuple(array.shape) for name, array in prompts._asdict().items() if array is not None}
+    if ("points" in given) != ("labels" in given):
         raise UsageError("Prompts.points and Prompts.labels come together: give one label per point (1, 0 or -1).")
-    last = {"points": (2,), "boxes": (4,), "masks": (4 * z.shape[1], 4 * z.shape[2], 1)}
-    for name, expected in last.items():
-        array = getattr(prompts, name)
-        if array is not None and tuple(array.shape[-len(expected) :]) != expected:
-            raise UsageError(f"Prompts.{name} has the shape {tuple(array.shape)}; expected it to end with {expected}.")
-    if prompts.points is not None and prompts.labels.shape != prompts.points.shape[:-1]:
-        raise UsageError(
-            f"Prompts.labels {tuple(prompts.labels.shape)} must be one label for each of Prompts.points "
-            f"{tuple(prompts.points.shape[:-1])}; fill up with the label -1, which is ignored."
-        )
-    if not leading:
-        return (z.shape[0],)
-    groups = next(iter(leading.values()))
-    if len(set(leading.values())) != 1 or len(groups) not in (1, 2) or (groups[0] != z.shape[0] and z.shape[0] != 1):
-        shapes = ", ".join(f"{name} {list(getattr(prompts, name).shape)}" for name in leading)
+    number = given.get("points", (0, 0))[-2:-1]
+    ends = {"points": (*number, 2), "labels": number, "boxes": (4,), "masks": (4 * z.shape[1], 4 * z.shape[2], 1)}
+    for name, shape in given.items():
+        if shape[-len(ends[name]) :] != ends[name]:
+            raise UsageError(
+                f"Prompts.{name} has the shape {shape}; expected it to end with {ends[name]} (a point is (x, y) and "
+                "has one label; fill up with points of the label -1, which are ignored)."
+            )
+    leading = {shape[: len(shape) - len(ends[name])] for name, shape in given.items()}
+    groups = leading.pop() if leading else (z.shape[0],)
+    if leading or len(groups) not in (1, 2) or z.shape[0] not in (1, groups[0]):
+        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in given.items())
         raise UsageError(
             f"The prompts ({shapes}) do not fit features of {z.shape[0]} images: all must begin with that number, or "
             "all with it and the number of prompts per image."
@@ -156,6 +148,6 @@ def _groups(z: Float[Array, "b h w c"], prompts: Prompts) -> tuple[int, ...]:
 
 def _apply(module: nn.Module, params: Params, *inputs: Any, method: str | None = None) -> Any:
     """Products of float32 are exact ("highest": a GPU would take TF32), unless JAX's own option says otherwise."""
-    precision = jax.config.jax_default_matmul_precision or "highest"
+    precision = getattr(jax.config, "jax_default_matmul_precision", None) or "highest"
     with jax.default_matmul_precision(precision):
         return module.apply({"params": params}, *inputs, method=method)
