@@ -39,7 +39,7 @@ TOLERANCE = 1e-4  # relative, of loss, penalty and each parameter's gradient (L2
 LOW_PRECISION_TOLERANCE = 0.1  # of the whole gradient in tfloat32 and bfloat16, for torch.compile
 FLOOR = 1e-6  # of a parameter's gradient against the whole: attention key biases have an analytically zero gradient
 COLUMNS = {
-    **{name: "" for name in ("framework", "mode", "grid", "batch", "classes", "dtype")},
+    **{name: "" for name in ("framework", "mode", "preset", "grid", "batch", "classes", "dtype")},
     **{"seconds": ".4f", "ratio_to_plain": ".2f", "ratio_to_pytorch": ".2f", "flops": ".3g", "peak_bytes": ".3g"},
     **{"gradient_error": ".1e", "mean_gradient_error": ".1e", "penalty_gradient_error": ".1e", "status": ""},
 }

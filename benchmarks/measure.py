@@ -1,7 +1,7 @@
 """How every benchmark measures: functions take turns, memory in a fresh process, the machine in words, rows to JSON.
 
 Ratios within one run are what to quote: a shared machine drifts by more than most effects, and functions that take
-turns in a rotating order drift alike.
+turns in a random order drift alike.
 """
 
 import ctypes
@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,9 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int, warmups: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, the functions taking turns; the order is rotated by one in every round.
+    """Seconds of each call, the functions taking turns in an order drawn anew in every round.
+
+    A fixed order would give each function the same predecessor: after PyTorch, OpenMP's threads still spin for a while.
 
     Args:
         functions: by name; each blocks until its result is there (``jax.block_until_ready``,
@@ -45,9 +48,9 @@ def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int, warmups:
         for name in names:
             functions[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        shift = turn % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
             start = time.perf_counter()
             functions[name]()
             seconds[name].append(time.perf_counter() - start)

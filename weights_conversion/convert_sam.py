@@ -57,6 +57,7 @@ def define_flags() -> None:
     """The source, the folder to write, the preprocessing and the comparison."""
     flags.DEFINE_string("source", None, "Meta's or MedSAM's .pth, or transformers' model.safetensors.", required=True)
     common.define_folder("output", "The weights folder to write; must not exist.")
+    flags.declare_key_flag("output")  # else --help would leave it out
     flags.DEFINE_enum(
         "preprocessing",
         "auto",
