@@ -22,12 +22,11 @@ of either framework, ``peak_bytes`` what one encoding adds to weights and frames
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from benchmarks import encoder_problem as problems  # before jax: it keeps JAX from taking the whole GPU
 
@@ -35,7 +34,6 @@ from benchmarks import encoder_problem as problems  # before jax: it keeps JAX f
 import numpy as np
 
 from benchmarks import measure
-from calsegx import memory
 from calsegx.interfaces import InputError, UsageError
 
 FLOAT32_TOLERANCE = 2e-5  # times the largest embedding, at least 1
@@ -74,21 +72,8 @@ def define_flags(values: flags.FlagValues) -> None:
     words = "Measure memory and compile time, in fresh processes."
     flags.DEFINE_bool("isolated", True, words, flag_values=values)
     flags.DEFINE_string("json", "", "File to write the rows to.", flag_values=values)
-    words = "Both frameworks under calsegx.memory, as the launch scripts; --nokeep_memory: glibc's default."
-    flags.DEFINE_bool("keep_memory", True, words, flag_values=values)
     words = "Used by the benchmark itself: measure this one in this process, print JSON."
     flags.DEFINE_string("case", "", words, flag_values=values)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Run with the flags of the command line; an InputError is one sentence and exit code 1."""
-    del argv
-    if flags.FLAGS.keep_memory:
-        memory.keep_freed_memory()
-    try:
-        run(flags.FLAGS)
-    except InputError as error:
-        sys.exit(f"error: {error}")
 
 
 def run(options: flags.FlagValues) -> None:
@@ -254,5 +239,4 @@ def _ratio(medians: dict[str, float], name: str, reference: str) -> float | None
 
 
 if __name__ == "__main__":
-    define_flags(flags.FLAGS)
-    app.run(main)
+    measure.main(define_flags, run)

@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import attention_forms, measure
 from calsegx.interfaces import Params, UsageError
 from calsegx.models import sam
-from calsegx.models.sam import presets
+from calsegx.models.sam import presets, weights
 
 TORCH = importlib.util.find_spec("torch") is not None
 TRANSFORMERS = TORCH and importlib.util.find_spec("transformers") is not None
@@ -77,7 +77,7 @@ def make(model: str, image_size: int, batch: int, dtype: str, depth: int | None 
     six hundred times as many.
     """
     config = check(model, image_size, dtype, depth)
-    shapes = jax.eval_shape(lambda: sam.init(config, jax.random.key(0)))["image_encoder"]
+    shapes = weights.template(config)["image_encoder"]
     rng = np.random.default_rng(0)
     pool = rng.normal(0, 0.02, 1_000_003).astype(np.float32)  # a prime: rows of a matrix differ
 

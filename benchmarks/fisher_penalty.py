@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from benchmarks import fisher_problem as problems  # before jax: it keeps JAX from taking the whole GPU
 
@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure, torch_decoder, torch_fisher, whole_step
-from calsegx import files, memory
+from calsegx import files
 from calsegx.interfaces import InputError, Params, UsageError
 from calsegx.models.sam import presets
 
@@ -51,8 +51,6 @@ def define_flags(values: flags.FlagValues) -> None:
     define("json", "", "File to write the rows to.")
     define("markdown", "", "File to write the tables to.")
     define("isolated", "", "Used by the benchmark itself: measure the peak memory of this case, print JSON.")
-    words = "Both frameworks under calsegx.memory, as the launch scripts; --nokeep_memory: glibc's default."
-    flags.DEFINE_bool("keep_memory", True, words, flag_values=values)
     listed = functools.partial(flags.DEFINE_list, flag_values=values)
     listed("tables", ["1", "2", "3"], "Which tables to make.")
     listed("grids", ["64", "32", "16", "tiny"], "Feature grids; 64: SAM at 1024 pixels; tiny: the preset of the demo.")
@@ -131,7 +129,7 @@ def jax_case(problem: problems.Problem, mode: str, dtype: str) -> Case:
     step, steps = problems.jax_step(problem, mode, dtype), problems.CYCLES.get(mode, 1)
     arguments = [problems.jax_arguments(problem, i) for i in range(steps)]
     compiled = step.lower(*arguments[0][0], **arguments[0][1]).compile()
-    flops, peak = problems.xla_cost(compiled)
+    flops, peak = measure.xla_cost(compiled)
     if mode in problems.UNCOUNTED:
         flops = None
 
@@ -281,18 +279,6 @@ def _distance(a: Params, b: Params) -> float:
     return _norm(jax.tree.map(np.subtract, a, b)) / _norm(b)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run with the flags of the command line; an InputError is one sentence and its exit code."""
-    del argv
-    if flags.FLAGS.keep_memory:
-        memory.keep_freed_memory()
-    try:
-        run(flags.FLAGS)
-    except InputError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
-
-
 def run(options: flags.FlagValues) -> list[measure.Row]:
     """Check the flags, measure, print, write.
 
@@ -341,5 +327,4 @@ def _known(flag: str, values: Sequence[str], known: Collection[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags(flags.FLAGS)
-    app.run(main)
+    measure.main(define_flags, run)

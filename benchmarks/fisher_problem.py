@@ -175,14 +175,6 @@ def torch_peak(step: Callable[[], Any]) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def xla_cost(compiled: Any) -> tuple[float, int]:
-    """XLA's FLOPs of a compiled step, and the bytes of its temporary and result buffers."""
-    analysis = compiled.cost_analysis()
-    analysis = analysis[0] if isinstance(analysis, list) else analysis
-    memory = compiled.memory_analysis()
-    return float(analysis["flops"]), int(memory.temp_size_in_bytes + memory.output_size_in_bytes)
-
-
 class _CountFlops(python_dispatch.TorchDispatchMode):
     """PyTorch's formulas without ``FlopCounterMode``, whose bookkeeping of modules breaks on a double backward."""
 

@@ -19,14 +19,34 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import app, flags
 
-from calsegx import files
+from calsegx import files, memory
 from calsegx.interfaces import InputError
 
 Row = dict[str, Any]
 LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before this program adds its own
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+
+
+def main(define_flags: Callable[[flags.FlagValues], None], run: Callable[[flags.FlagValues], Any]) -> None:
+    """A benchmark's command line: flags, then ``run``; an InputError is one sentence and its exit code."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        del argv
+        if flags.FLAGS.keep_memory:
+            memory.keep_freed_memory()
+        try:
+            run(flags.FLAGS)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+
+    define_flags(flags.FLAGS)
+    words = "All frameworks under calsegx.memory, as the launch scripts; --nokeep_memory: glibc's default."
+    flags.DEFINE_bool("keep_memory", True, words)
+    app.run(guarded)
 
 
 def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int, warmups: int = 1) -> dict[str, list[float]]:
@@ -90,6 +110,14 @@ def warn_if_busy() -> None:
     if load is not None and load > 0.25 * cores():
         words = f"warning: the load average is {load:.1f} on {cores()} cores; ratios to PyTorch need a quiet machine"
         print(words, file=sys.stderr, flush=True)
+
+
+def xla_cost(compiled: Any) -> tuple[float, int]:
+    """XLA's FLOPs of a compiled step, and the bytes of its temporary and result buffers."""
+    analysis = compiled.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    buffers = compiled.memory_analysis()
+    return float(analysis["flops"]), int(buffers.temp_size_in_bytes + buffers.output_size_in_bytes)
 
 
 def run_isolated(module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Row:

@@ -97,18 +97,16 @@ def feature_cache(components: Components, workdir: Path) -> FeatureCache:
 
 def fill_cache(components: Components, cache: FeatureCache, splits: Mapping[str, int]) -> None:
     """Encode what is missing of whole splits; ``splits`` gives the number of views of each."""
-    for split, views in splits.items():
-        encode(components, cache, components.select(split), views)
+    encode(components, cache, [(case, views) for split, views in splits.items() for case in components.select(split)])
 
 
-def encode(components: Components, cache: FeatureCache, cases: Sequence[Case], views: int = 1) -> None:
-    """Encode what the cache lacks of the labelled ``cases``."""
+def encode(components: Components, cache: FeatureCache, cases: Sequence[tuple[Case, int]]) -> None:
+    """Encode what the cache lacks of the labelled ``cases``, each with its number of views."""
     caching.fill_cache(
         cache,
-        [case for case in cases if case.label is not None],
+        [(case, views) for case, views in cases if case.label is not None],
         components.prepare,
         components.backbone,
-        views=views,
         seed=VIEW_SEED,
         num_classes=len(components.class_map.names),
         batch_size=components.config.model.encoder_batch,

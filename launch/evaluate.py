@@ -140,7 +140,7 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
     guesses = study.fit_guesses(work, train)
     if root:
         work = dataclasses.replace(work, cache=components.feature_cache(away, workdir))
-    components.encode(away, work.cache, test)
+    components.encode(away, work.cache, [(case, 1) for case in test])
 
     rows: list[case_metrics.Row] = []
     statistics: study.Statistics = {}

@@ -46,7 +46,9 @@ def open_source(path: Path) -> Source:
         DataError: when the file is empty, cut short, damaged, a web page, holds foreign code, or is something else.
     """
     if path.is_dir():
-        raise UsageError(f"--source={path} is a folder; give the checkpoint file itself, for example one of its files.")
+        raise UsageError(
+            f"--source={path} is a folder; give the checkpoint file itself, such as its model.safetensors."
+        )
     if not path.exists():
         raise UsageError(f"--source={path} does not exist; give a .pth or model.safetensors file (docs/weights.md).")
     with path.open("rb") as file:

@@ -141,7 +141,7 @@ def value_and_grad(
         (for ``every_k``, which penalises where ``step % every == 0``).  ``z`` is used in float32, or in its own
         precision where that is higher.  ``total`` is the differentiated objective.  Measurements, all scalars:
         ``loss`` (mean task loss), ``gradient_norm`` (of ``grads``) and, where the weight is not 0, ``penalty``,
-        ``ratio`` (weight * penalty / loss, without the warm-up; 0 where the loss is 0), ``feature_gradient_norm`` (root
+        ``ratio`` (penalty / loss, without the weight; 0 where the loss is 0), ``feature_gradient_norm`` (root
         mean square over samples of ``|g_i|``), the three of the penalised samples, and 0 in the steps that ``every_k``
         leaves out; for ``perturbed`` also ``shift``, the largest ``|shift_i| / |z_i|`` (see ``check_measurements``).
 
@@ -208,7 +208,7 @@ def value_and_grad(
         value = jnp.mean(outcome.contributions)
         measurements |= {
             "penalty": value,
-            "ratio": jnp.where(loss != 0, weight * value / loss, 0.0),
+            "ratio": jnp.where(loss != 0, value / loss, 0.0),
             "feature_gradient_norm": jnp.sqrt(jnp.mean(outcome.squared_norms)),
             "gradient_norm": _global_norm(outcome.grads),
         }

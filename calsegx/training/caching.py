@@ -93,11 +93,10 @@ def view_names(count: int) -> list[str]:
 
 def fill_cache(
     cache: features.FeatureCache,
-    cases: Sequence[Case],
+    cases: Sequence[tuple[Case, int]],
     prepare: Prepare,
     backbone: Backbone,
     *,
-    views: int,
     seed: int,
     num_classes: int,
     batch_size: int,
@@ -112,10 +111,9 @@ def fill_cache(
 
     Args:
         cache: where to write.
-        cases: what to encode.
+        cases: what to encode, each with its number of views, at least 1.
         prepare: ``(case, rng or None) -> PreparedCase``; ``rng`` None means unaugmented.
         backbone: its ``encode`` runs in float32 or as it was built; the result is stored as bfloat16.
-        views: views per case, at least 1.
         seed: of the augmentation.
         num_classes: classes without the background.
         batch_size: slices per encoder call, see ``encoder_batch``; 0: automatic.
@@ -129,7 +127,7 @@ def fill_cache(
         InputError: from ``prepare`` for a bad case, when its turn comes: those before it are in the cache.  When the
             disk refuses, before the next batch.  Every view is in the cache whole or not at all, also after Ctrl-C.
     """
-    jobs, present = _missing(cache, cases, views, seed)
+    jobs, present = _missing(cache, cases, seed)
     if not jobs:
         return CacheCounts(0, present, 0)
     encode = case_encoder(backbone, batch_size, mesh)
@@ -158,9 +156,9 @@ def fill_cache(
     return CacheCounts(len(jobs), present, slices)
 
 
-def _missing(cache: features.FeatureCache, cases: Sequence[Case], views: int, seed: int) -> tuple[list[_Job], int]:
+def _missing(cache: features.FeatureCache, cases: Sequence[tuple[Case, int]], seed: int) -> tuple[list[_Job], int]:
     jobs, present = [], 0
-    for case in cases:
+    for case, views in cases:
         fingerprint = case_tools.fingerprint(case)
         for index, view in enumerate(view_names(views)):
             if cache.has(case.case_id, view, fingerprint):

@@ -100,8 +100,8 @@ def make_train_step(
         ``fisher.usable`` refuses the measurements (something is not finite), parameters and optimiser stay as they were
         and ``step`` becomes -1, with which no later step trains either. Measurements, float32 scalars: ``loss``
         (without the Fisher penalty), ``task``, ``gradient_norm`` (before clipping), ``learning_rate``; with the
-        confidence penalty ``cmp`` (without its weight); with the Fisher penalty ``penalty``, ``ratio`` (weighted
-        penalty over loss, without the warm-up), ``feature_gradient_norm`` and, of the mode ``perturbed``, ``shift``.
+        confidence penalty ``cmp`` (without its weight); with the Fisher penalty ``penalty`` and ``ratio``
+        (penalty over loss), both without the weight, ``feature_gradient_norm`` and, of ``perturbed``, ``shift``.
 
     Raises:
         UsageError: for ``config.fisher.remat`` on more than one device, and for the mode ``stochastic`` there, except

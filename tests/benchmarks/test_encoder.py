@@ -1,6 +1,5 @@
 """The encoder benchmark compares the same model everywhere, counts its operations right, and refuses."""
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -17,10 +16,8 @@ from benchmarks import attention_forms, encoder, encoder_problem
 from calsegx.interfaces import InputError, UsageError
 from calsegx.models import sam
 from calsegx.models.sam import attention, presets, weights
-from tests.golden import detweights
-from weights_conversion import meta_names
+from tests.models import test_sam_parity as parity
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "sam_tiny.npz"
 ROOT = pathlib.Path(__file__).parent.parent.parent
 FORMS = {
     "naive": attention_forms.naive,
@@ -31,31 +28,17 @@ FORMS = {
 
 
 @functools.cache
-def golden():
-    data = np.load(GOLDEN)
-    return {name: data[name] for name in data.files}
-
-
-@functools.cache
 def tiny():
     """Meta's weights of the golden file: configuration, state under Meta's names, our parameters, the padded frame."""
-    meta = json.loads(str(golden()["meta_json"]))
-    fields = {f.name for f in dataclasses.fields(sam.SamConfig)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items() if k in fields}
-    config = sam.SamConfig(**values)
-    state = detweights.make_weights(detweights.sam_shapes(meta["config"]), meta["weight_seed"])
-    template = jax.eval_shape(lambda: sam.init(config, jax.random.key(0)))
-    params = weights.unflatten(template, meta_names.convert(state), "golden")
-    frame = np.zeros((1, config.image_size, config.image_size, 3), np.float32)
-    resized = golden()["resized"]
-    normalised = (resized - np.float32(config.pixel_mean)) / np.float32(config.pixel_std)
-    frame[0, : resized.shape[0], : resized.shape[1]] = normalised
-    return config, state, params, frame
+    config, params = parity.tiny()
+    return config, parity.state(), params, parity.frame()
 
 
 def same_as_golden(out):
     """Meta's embedding is ``[1, C, h, w]``."""
-    np.testing.assert_allclose(np.asarray(out).transpose(0, 3, 1, 2), golden()["encoder/neck"], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(
+        np.asarray(out).transpose(0, 3, 1, 2), parity.golden()["encoder/neck"], atol=2e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("attend", ["meta", "sdpa"])
@@ -140,7 +123,7 @@ def test_calsegx_and_naive_agree(dtype):
 def test_flops_are_those_that_xla_counts():
     """Where windows need no padding; XLA also counts softmax, norms and activations, a few percent at this width."""
     config = sam.SamConfig(image_size=448, embed_dim=256, depth=2, num_heads=4, global_attn_indexes=(1,), out_chans=64)
-    params = jax.eval_shape(lambda: sam.init(config, jax.random.key(0)))
+    params = weights.template(config)
     images = jax.ShapeDtypeStruct((1, 448, 448, 3), jnp.float32)
     encode = jax.jit(lambda p, x: attention_forms.encode(config, p, x, attention_forms.naive))
     analysis = encode.lower(params, images).compile().cost_analysis()
@@ -236,5 +219,5 @@ def test_memory_and_compile_time_come_from_fresh_processes(tmp_path):
 def test_a_bad_flag_is_one_sentence_and_an_exit_code():
     command = [sys.executable, "-m", "benchmarks.encoder", "--models=vit_x"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip() == "error: --models has 'vit_x', which is none of vit_b, vit_l, vit_h."

@@ -20,7 +20,7 @@ def test_total_is_task_plus_weighted_penalty_of_the_other_loss():
     assert_close(grads, expected)
     assert set(measurements) == {"loss", "penalty", "ratio", "feature_gradient_norm", "gradient_norm"}
     assert_close(measurements["loss"], task)
-    assert_close(measurements["ratio"], 0.3 * penalty / task)
+    assert_close(measurements["ratio"], penalty / task)
     norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(grads)))
     assert_close(measurements["gradient_norm"], norm)
 

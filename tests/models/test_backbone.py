@@ -28,7 +28,7 @@ PATCH16 = dataclasses.replace(
 def save_random(folder, config):
     """A weights folder of random numbers, drawn without compiling anything."""
     rng = np.random.default_rng(0)
-    template = jax.eval_shape(lambda: sam.init(config, jax.random.key(0)))
+    template = weights.template(config)
     flat = {
         name: rng.normal(1.0 if name.endswith("scale") else 0.0, 0.1, leaf.shape).astype(np.float32)
         for name, leaf in weights.flatten(template).items()

@@ -55,7 +55,7 @@ def run(name: str) -> Run:
 def draw_weights(config: sam.SamConfig, meta: dict[str, Any]) -> dict[str, Any]:
     state = detweights.make_weights(detweights.sam_shapes(meta["config"]), meta["weight_seed"])
     assert detweights.digest(state) == meta["weights_sha256"]
-    template = jax.eval_shape(lambda: sam.init(config, jax.random.key(0)))
+    template = weights.template(config)
     return weights.unflatten(template, meta_names.convert(state), "golden")
 
 

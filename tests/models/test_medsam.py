@@ -42,7 +42,7 @@ def medsam():
     config = sam.SamConfig(**values, preprocessing="medsam")
     state = detweights.make_weights(detweights.sam_shapes(meta()["config"]), meta()["weight_seed"])
     assert detweights.digest(state) == meta()["weights_sha256"]
-    template = jax.eval_shape(lambda: sam.init(config, jax.random.key(0)))
+    template = weights.template(config)
     return config, weights.unflatten(template, meta_names.convert(state), "golden")
 
 

@@ -29,7 +29,7 @@ MATMULS = ("dot_general", "conv_general_dilated")
 @functools.cache
 def small() -> dict[str, Any]:
     shapes = detweights.sam_shapes({**vars(SMALL), "decoder_ln_eps": 1e-5})
-    template = jax.eval_shape(lambda: sam.init(SMALL, jax.random.key(0)))
+    template = weights.template(SMALL)
     return weights.unflatten(template, meta_names.convert(detweights.make_weights(shapes, 1)), "drawn weights")
 
 

@@ -30,27 +30,39 @@ def golden():
 
 
 @functools.cache
+def state():
+    """The weights under Meta's names."""
+    meta = json.loads(str(golden()["meta_json"]))
+    drawn = detweights.make_weights(detweights.sam_shapes(meta["config"]), meta["weight_seed"])
+    assert detweights.digest(drawn) == meta["weights_sha256"]
+    return drawn
+
+
+@functools.cache
 def tiny():
     """Configuration and parameters converted from Meta's names."""
     meta = json.loads(str(golden()["meta_json"]))
     fields = {f.name for f in dataclasses.fields(sam.SamConfig)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items() if k in fields}
     config = sam.SamConfig(**values)
-    state = detweights.make_weights(detweights.sam_shapes(meta["config"]), meta["weight_seed"])
-    assert detweights.digest(state) == meta["weights_sha256"]
-    template = jax.eval_shape(lambda: sam.init(config, jax.random.key(0)))
-    return config, weights.unflatten(template, meta_names.convert(state), "golden")
+    return config, weights.unflatten(weights.template(config), meta_names.convert(state()), "golden")
+
+
+def frame():
+    """The golden's image, normalised and padded."""
+    config = tiny()[0]
+    frame = np.zeros((1, config.image_size, config.image_size, 3), np.float32)
+    resized = golden()["resized"]
+    normalised = (resized - np.float32(config.pixel_mean)) / np.float32(config.pixel_std)
+    frame[0, : resized.shape[0], : resized.shape[1]] = normalised
+    return frame
 
 
 @functools.cache
 def embeddings():
     config, params = tiny()
-    frame = np.zeros((1, config.image_size, config.image_size, 3), np.float32)
-    resized = golden()["resized"]
-    normalised = (resized - np.float32(config.pixel_mean)) / np.float32(config.pixel_std)
-    frame[0, : resized.shape[0], : resized.shape[1]] = normalised
     module = image_encoder.ImageEncoder(config)
-    return module.apply({"params": params["image_encoder"]}, jnp.asarray(frame), capture_intermediates=True)
+    return module.apply({"params": params["image_encoder"]}, jnp.asarray(frame()), capture_intermediates=True)
 
 
 @pytest.mark.parametrize("block", range(4))

@@ -18,7 +18,7 @@ from calsegx.models.sam import model, weights
 from calsegx.models.sam.prompt_encoder import PromptEmbeddings
 from tests.golden import detweights
 from tests.models import test_transformers as oracle
-from weights_conversion import meta_names
+from weights_conversion import meta_names, transformers_names
 
 torch = pytest.importorskip("torch")
 
@@ -41,18 +41,22 @@ def inputs(case: str) -> dict[str, np.ndarray]:
     return {name: value.astype(np.float32) for name, value in drawn.items()} | {"labels": labels}
 
 
+def meta_names_of(decoder: Any) -> dict[str, str]:
+    return transformers_names.to_meta(f"mask_decoder.{name}" for name, _ in decoder.named_parameters())
+
+
 @functools.cache
 def decoders(case: str) -> tuple[Any, Any, dict[str, Any]]:
     """transformers' mask decoder, our configuration, and our parameters with the same weights."""
     config = dataclasses.replace(oracle.CONFIGS["grid8"], num_multimask_outputs=CASES[case][0] - 1)
     decoder = oracle.build(config).mask_decoder.requires_grad_(True)
-    meta = {}
+    meta, names = {}, meta_names_of(decoder)
     for name, parameter in decoder.named_parameters():
-        renamed = oracle.meta_name(f"mask_decoder.{name}", config)
+        renamed = names[f"mask_decoder.{name}"]
         meta[renamed] = detweights.make_tensor(renamed, tuple(parameter.shape), SEED)
         parameter.data = torch.from_numpy(meta[renamed])
     flat = {name.removeprefix("mask_decoder."): value for name, value in meta_names.convert(meta).items()}
-    template = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))["mask_decoder"]
+    template = weights.template(config)["mask_decoder"]
     return decoder, config, weights.unflatten(template, flat, "drawn weights")
 
 
@@ -81,8 +85,9 @@ def by_torch(case: str, dtype: str) -> dict[str, np.ndarray]:
 
     result = {"loss": loss, "gradient": gradient.permute(0, 2, 3, 1), "penalty": penalty}
     result["hessian_product"] = product.permute(0, 2, 3, 1)
+    names = meta_names_of(decoder)
     meta = {
-        oracle.meta_name(f"mask_decoder.{name}", config): np.zeros(parameter.shape) if g is None else g.numpy()
+        names[f"mask_decoder.{name}"]: np.zeros(parameter.shape) if g is None else g.numpy()
         for (name, parameter), g in zip(parameters.items(), penalty_gradient, strict=True)
     }
     return {name: value.detach().numpy() for name, value in result.items()} | meta_names.convert(meta)

@@ -7,7 +7,6 @@ a seed from the operating system, which keeps activations at the size the tolera
 
 import functools
 import os
-import re
 import secrets
 from typing import Any
 
@@ -20,7 +19,7 @@ from calsegx.interfaces import Prompts
 from calsegx.models import sam
 from calsegx.models.sam import model, weights
 from tests.golden import detweights
-from weights_conversion import meta_names
+from weights_conversion import meta_names, transformers_names
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -62,42 +61,6 @@ CONFIGS = {
         iou_head_hidden_dim=56,
     ),
 }
-
-_TO_META = [
-    (r"^vision_encoder\.patch_embed\.projection", "image_encoder.patch_embed.proj"),
-    (r"^vision_encoder\.layers\.(\d+)\.layer_norm(\d)", r"image_encoder.blocks.\1.norm\2"),
-    (r"^vision_encoder\.layers", "image_encoder.blocks"),
-    (r"^vision_encoder\.neck\.conv1", "image_encoder.neck.0"),
-    (r"^vision_encoder\.neck\.layer_norm1", "image_encoder.neck.1"),
-    (r"^vision_encoder\.neck\.conv2", "image_encoder.neck.2"),
-    (r"^vision_encoder\.neck\.layer_norm2", "image_encoder.neck.3"),
-    (r"^vision_encoder\.pos_embed", "image_encoder.pos_embed"),
-    (r"\.shared_embedding\.positional_embedding$", ".pe_layer.positional_encoding_gaussian_matrix"),
-    (r"\.point_embed\.", ".point_embeddings."),
-    (r"\.mask_embed\.conv1", ".mask_downscaling.0"),
-    (r"\.mask_embed\.layer_norm1", ".mask_downscaling.1"),
-    (r"\.mask_embed\.conv2", ".mask_downscaling.3"),
-    (r"\.mask_embed\.layer_norm2", ".mask_downscaling.4"),
-    (r"\.mask_embed\.conv3", ".mask_downscaling.6"),
-    (r"^(mask_decoder\.transformer\.layers\.\d+)\.layer_norm(\d)", r"\1.norm\2"),
-    (r"\.layer_norm_final_attn", ".norm_final_attn"),
-    (r"\.upscale_conv1", ".output_upscaling.0"),
-    (r"\.upscale_layer_norm", ".output_upscaling.1"),
-    (r"\.upscale_conv2", ".output_upscaling.3"),
-]
-
-
-def meta_name(name: str, config: sam.SamConfig) -> str:
-    """transformers' name of a parameter to Meta's."""
-    for pattern, replacement in _TO_META:
-        name = re.sub(pattern, replacement, name)
-    mlp = re.match(r"(mask_decoder\.(output_hypernetworks_mlps\.\d+|iou_prediction_head))\.(.+)\.(weight|bias)$", name)
-    if not mlp:
-        return name
-    last = (config.iou_head_depth if mlp[2] == "iou_prediction_head" else 3) - 1
-    layer = {"proj_in": 0, "proj_out": last}.get(mlp[3])
-    layer = int(mlp[3].removeprefix("layers.")) + 1 if layer is None else layer
-    return f"{mlp[1]}.layers.{layer}.{mlp[4]}"
 
 
 def build(c: sam.SamConfig) -> Any:
@@ -146,16 +109,16 @@ def pair(name: str) -> tuple[Any, sam.SamConfig, dict[str, Any]]:
     config = CONFIGS[name]
     oracle = build(config)
     state, meta = {}, {}
+    names = transformers_names.to_meta(oracle.state_dict())
     for key, tensor in oracle.state_dict().items():
         if key == "shared_image_embedding.positional_embedding":  # tied with the prompt encoder's
             continue
-        renamed = meta_name(key, config)
+        renamed = names[key]
         meta[renamed] = detweights.make_tensor(renamed, tuple(tensor.shape), SEED)
         state[key] = torch.from_numpy(meta[renamed])
     state["shared_image_embedding.positional_embedding"] = state["prompt_encoder.shared_embedding.positional_embedding"]
     oracle.load_state_dict(state, strict=True)
-    template = jax.eval_shape(lambda: sam.init(config, jax.random.key(0)))
-    return oracle.double(), config, weights.unflatten(template, meta_names.convert(meta), REPEAT)
+    return oracle.double(), config, weights.unflatten(weights.template(config), meta_names.convert(meta), REPEAT)
 
 
 def draw_images(*size: int) -> np.ndarray:

@@ -57,8 +57,9 @@ class Preparation:
         )
 
 
-def fill(cache, cases, prepare, mesh, **changes):
-    options = {"views": 2, "seed": 5, "num_classes": 1, "batch_size": 2, "progress": False} | changes
+def fill(cache, cases, prepare, mesh, views=2, **changes):
+    options = {"seed": 5, "num_classes": 1, "batch_size": 2, "progress": False} | changes
+    cases = [(case, views) for case in cases]
     return caching.fill_cache(cache, cases, prepare, toy.backbone(), mesh=mesh, **options)
 
 
@@ -313,6 +314,7 @@ def test_the_encoder_leaves_the_device(tmp_path, cases, mesh):
     encode = caching.case_encoder(backbone, 2, mesh)
     assert encoders() == 1
     del encode
-    options = {"views": 1, "seed": 5, "num_classes": 1, "batch_size": 2, "mesh": mesh, "progress": False}
-    caching.fill_cache(features.FeatureCache.open(tmp_path / "cache", {}), cases, Preparation(), backbone, **options)
+    options = {"seed": 5, "num_classes": 1, "batch_size": 2, "mesh": mesh, "progress": False}
+    cache, asked = features.FeatureCache.open(tmp_path / "cache", {}), [(case, 1) for case in cases]
+    caching.fill_cache(cache, asked, Preparation(), backbone, **options)
     assert encoders() == 0

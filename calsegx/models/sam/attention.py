@@ -116,9 +116,9 @@ def _attend_grids(qkv: Float[Array, "b h w c3"], heads: int, tables: list[Array]
     def one(head: tuple[Array, Array, Array]) -> Float[Array, "h w d"]:
         q, k, v = (x[None] for x in head)
         positions = _position_logits(q, tables)
-        blocks = [x.reshape(h // rows, 1, rows, w, -1) for x in (q, *positions)]
         if rows == h:
             return _attend(q, k, v, positions)[0]
+        blocks = [x.reshape(h // rows, 1, rows, w, -1) for x in (q, *positions)]
         out = jax.lax.map(lambda block: _attend(block[0], k, v, block[1:]), blocks)
         return out.reshape(h, w, -1)
 
@@ -133,28 +133,30 @@ def _position_logits(q: Float[Array, "n h w d"], tables: list[Array] | None) -> 
     if tables is None:
         return []
     rows, columns = tables
+    wide = jnp.promote_types(q.dtype, jnp.float32)
     return [
-        jnp.einsum("nhwd,hHd->nhwH", q, rows, preferred_element_type=jnp.float32),
-        jnp.einsum("nhwd,wWd->nhwW", q, columns, preferred_element_type=jnp.float32),
+        jnp.einsum("nhwd,hHd->nhwH", q, rows, preferred_element_type=wide),
+        jnp.einsum("nhwd,wWd->nhwW", q, columns, preferred_element_type=wide),
     ]
 
 
 def _attend(
     q: Float[Array, "n r w d"], k: Float[Array, "n h w d"], v: Float[Array, "n h w d"], positions: list[Array]
 ) -> Float[Array, "n r w d"]:
-    """Softmax in float32; the weights are divided by their sum after the product with ``v``, where it is smaller."""
+    """Softmax in at least float32; divided by its sum after the product with ``v``, where there is less to divide."""
     n, h, w, d = k.shape
-    queries, scale = q.reshape(n, -1, d), d**-0.5
-    if q.dtype != jnp.float32:  # scaling the logits instead saves a rounding; in float32 the queries are fewer
-        logits = scale * jnp.einsum("nqd,nkd->nqk", queries, k.reshape(n, -1, d), preferred_element_type=jnp.float32)
-    else:
-        logits = jnp.einsum("nqd,nkd->nqk", scale * queries, k.reshape(n, -1, d))
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    queries, keys, values, scale = q.reshape(n, -1, d), k.reshape(n, -1, d), v.reshape(n, -1, d), d**-0.5
+    if q.dtype == wide:
+        logits = jnp.einsum("nqd,nkd->nqk", scale * queries, keys)
+    else:  # scaling the logits saves a rounding; above, the queries are fewer
+        logits = scale * jnp.einsum("nqd,nkd->nqk", queries, keys, preferred_element_type=wide)
     if positions:
         rows, columns = positions
         logits = logits.reshape(n, -1, h, w) + rows.reshape(n, -1, h, 1) + columns.reshape(n, -1, 1, w)
     logits = logits.reshape(n, -1, h * w)
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    out = jnp.einsum("nqk,nkd->nqd", weights.astype(v.dtype), v.reshape(n, -1, d), preferred_element_type=jnp.float32)
+    out = jnp.einsum("nqk,nkd->nqd", weights.astype(v.dtype), values, preferred_element_type=wide)
     return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype).reshape(q.shape)
 
 

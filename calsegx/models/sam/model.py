@@ -47,7 +47,7 @@ def encode(
 
     Args:
         config: sizes of the model.
-        params: of the whole SAM, or of its ``image_encoder`` alone.
+        params: of the whole SAM; the entry ``image_encoder`` is enough.
         images: sides are multiples of the patch size.
         dtype: what the encoder computes in; with bfloat16, softmax, LayerNorm, GELU and logits stay in float32.
 
