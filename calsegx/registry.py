@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 from calsegx.interfaces import UsageError
 
 T = TypeVar("T", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., Any])  # the decorated component's own type, with its options
 
 
 class Registry(Generic[T]):
@@ -25,13 +26,13 @@ class Registry(Generic[T]):
         self._package = package
         self._entries: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[F], F]:
         """Decorator: register a callable under ``name``.  Two components of one name are a programming error."""
 
-        def decorate(component: T) -> T:
+        def decorate(component: F) -> F:
             if name in self._entries and self._entries[name] is not component:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
-            self._entries[name] = component
+            self._entries[name] = cast(T, component)
             return component
 
         return decorate

@@ -13,8 +13,7 @@ Modes, by how the gradient of the penalty is found:
 * ``finite_difference``: three first-order gradients; for decoders without a second derivative.  Its error, of the
   penalty's share of the gradient, is 1e-3 on a smooth decoder; with ReLU, whose kinks a difference sees and a
   derivative does not, 0.6 on the tiny SAM that ships (float32, four samples; others in docs/fisher.md);
-* ``stochastic``: exact, on a random ``fraction`` of the samples (of the patches for ``centered``); unbiased; for
-  one device, except for ``centered``;
+* ``stochastic``: exact, on a random ``fraction`` of the samples (of the patches for ``centered``); unbiased;
 * ``every_k``: exact, on every ``every``-th step, times ``every``;
 * ``perturbed``: one gradient at shifted features, wrong unless the shift is small (``check_measurements``).  That is
   necessary, not sufficient: for decoders without kinks only; on SAM's it is useless (error 35 of the penalty's share
@@ -25,7 +24,7 @@ Reverse over reverse because it is the cheapest exact way: one forward pass give
 FLOPs and memory on SAM's decoder (16 x 16 x 256 features, two samples, CPU), as multiples of the plain step: reverse
 over reverse 2.07 and 3.0, reverse over forward (the gradient of ``<g, v>``, a ``jvp``) 2.65 and 3.0, ``linearize`` of
 the parameters' gradient 2.99 and 4.2, forward over reverse 3.56 and 5.3.  With larger features the memory falls to
-2.0; ``remat`` makes it 1.0 for two samples.  ``jax.checkpoint`` of the loss only makes it larger.
+2.0; ``microbatch=1`` makes it 1.0 for two samples.  ``jax.checkpoint`` of the loss only makes it larger.
 """
 
 import math
@@ -109,8 +108,9 @@ def value_and_grad(
     patch: Patch | None = None,
     fraction: float = 0.125,
     every: int = 8,
-    remat: bool = False,
+    microbatch: int = 0,
     batched_args: tuple[int, ...] | None = None,
+    axis_name: str | tuple[str, ...] = (),
 ) -> Step:
     """Differentiate ``mean(task) + weight * weight_scale * penalty`` with respect to the parameters.
 
@@ -131,9 +131,13 @@ def value_and_grad(
         fraction: of ``stochastic``: the share of the samples that is penalised, at least one sample.  With
             ``centered`` the share of the patches, at the full price: the mean gradient needs all of them.
         every: of ``every_k``.
-        remat: sample after sample, for the memory of one; not with ``centered``, whose samples are tied.
+        microbatch: so many samples at a time, for the memory of those; 0: all.  Not with ``centered``, whose samples
+            are tied.
         batched_args: which of ``args`` carry the batch axis (arrays or trees of them), for ``stochastic`` and
-            ``remat``, which take samples apart; None: the only one there is.
+            ``microbatch``, which take samples apart; None: the only one there is.
+        axis_name: inside ``jax.shard_map`` without replication checks, the mesh axes over which the batch is split
+            evenly: gradients and measurements are then those of the whole batch, by one reduction at the end.  Not
+            with ``centered``.
 
     Returns:
         ``step(params, z, *args, weight_scale=1.0, rng=None, step=None) -> ((total, measurements), grads)``.
@@ -152,7 +156,7 @@ def value_and_grad(
             name of a measurement.
     """
     _check_reading(reading, normalisation, patch)
-    _check_mode(weight, mode, reading, fraction, every, remat)
+    _check_mode(weight, mode, reading, fraction, every, microbatch, axis_name)
     base = {"finite_difference": fisher_modes.finite_difference, "perturbed": fisher_modes.perturbed}.get(
         mode, fisher_modes.exact
     )
@@ -166,18 +170,15 @@ def value_and_grad(
         step: int | Array | None = None,
     ) -> tuple[tuple[Float[Array, ""], Measurements], Params]:
         z = cross_entropy.at_least_float32(z)
-        if weight == 0:
-            task, grads = fisher_modes.plain(loss_fn, params, z, args)
-            loss, measurements = _measure_task(task)
-            return (loss, measurements | {"gradient_norm": _global_norm(grads)}), grads
-
         batch, scaled, kept = z.shape[0], weight * weight_scale, None
         batched = tuple(batched_args is None or index in batched_args for index in range(len(args)))
-        compute = base
-        if remat:
+        compute, without = base, fisher_modes.without_penalty
+        if microbatch:
             _check_batched(batched_args, batched, args, batch)
-            compute = fisher_modes.one_at_a_time(base, batched)
-        if mode == "stochastic":
+            compute, without = (fisher_modes.in_parts(part, batched, microbatch) for part in (compute, without))
+        if weight == 0:
+            compute = without
+        elif mode == "stochastic":
             if rng is None:
                 raise UsageError("The Fisher mode 'stochastic' needs a key: step(..., rng=jax.random.key(...)).")
             if reading == "centered":
@@ -185,12 +186,13 @@ def value_and_grad(
             else:
                 _check_batched(batched_args, batched, args, batch)
                 size = max(1, round(fraction * batch))
-                compute = fisher_modes.on_a_subset(compute, batched, rng, size)
+                own = jax.random.fold_in(rng, jax.lax.axis_index(axis_name)) if axis_name else rng
+                compute = fisher_modes.on_a_subset(compute, without, batched, own, size)
         elif mode == "every_k":
             if step is None:
                 raise UsageError("The Fisher mode 'every_k' needs the number of the step: step(..., step=number).")
             scaled = scaled * every
-            compute = fisher_modes.on_condition(compute, jnp.asarray(step) % every == 0)
+            compute = fisher_modes.on_condition(compute, without, jnp.asarray(step) % every == 0)
 
         def form(gradient: Array, features: Array) -> PerSample:
             return fisher_readings.contributions(
@@ -199,22 +201,27 @@ def value_and_grad(
                 reading=reading,
                 normalisation=normalisation,
                 patch=patch,
-                batch=batch,
+                batch=batch * (jax.lax.axis_size(axis_name) if axis_name else 1),
                 kept=kept,
             )
 
         outcome = compute(loss_fn, form, params, z, args, scaled)
-        loss, measurements = _measure_task(outcome.task)
-        value = jnp.mean(outcome.contributions)
-        measurements |= {
-            "penalty": value,
-            "ratio": jnp.where(loss != 0, value / loss, 0.0),
-            "feature_gradient_norm": jnp.sqrt(jnp.mean(outcome.squared_norms)),
-            "gradient_norm": _global_norm(outcome.grads),
-        }
-        if mode == "perturbed":
-            measurements["shift"] = jnp.max(outcome.shifts)
-        return (loss + scaled * value, measurements), outcome.grads
+        means = _means(outcome.task), jnp.mean(outcome.contributions), jnp.mean(outcome.squared_norms), outcome.grads
+        shift = jnp.max(outcome.shifts)
+        if axis_name:
+            means, shift = jax.lax.pmean(means, axis_name), jax.lax.pmax(shift, axis_name)
+        measurements, value, squared_norm, grads = means
+        loss = measurements["loss"]
+        if weight:
+            measurements |= {
+                "penalty": value,
+                "ratio": jnp.where(loss != 0, value / loss, 0.0),
+                "feature_gradient_norm": jnp.sqrt(squared_norm),
+            }
+        measurements["gradient_norm"] = _global_norm(grads)
+        if weight and mode == "perturbed":
+            measurements["shift"] = shift
+        return (loss + scaled * value, measurements), grads
 
     return step
 
@@ -230,7 +237,15 @@ def _check_reading(reading: str, normalisation: str, patch: Patch | None) -> Non
         raise UsageError(f"Fisher patch {patch} must hold whole numbers of at least 1, one for each token axis.")
 
 
-def _check_mode(weight: float, mode: str, reading: str, fraction: float, every: int, remat: bool) -> None:
+def _check_mode(
+    weight: float,
+    mode: str,
+    reading: str,
+    fraction: float,
+    every: int,
+    microbatch: int,
+    axis_name: str | tuple[str, ...],
+) -> None:
     if mode not in MODES:
         raise UsageError(f"Fisher mode {mode!r} is not known; use {', '.join(MODES[:-1])} or {MODES[-1]}.")
     if not (math.isfinite(weight) and weight >= 0):
@@ -239,10 +254,12 @@ def _check_mode(weight: float, mode: str, reading: str, fraction: float, every: 
         raise UsageError(f"Fisher fraction {fraction} must be above 0 and at most 1; 0.125 is a good start.")
     if every != int(every) or every < 1:
         raise UsageError(f"Fisher every {every} must be a whole number of at least 1; 8 is a good start.")
-    if remat and reading == "centered":
+    if microbatch != int(microbatch) or microbatch < 0:
+        raise UsageError(f"Fisher microbatch {microbatch} must be a whole number of samples; 0 takes all at once.")
+    if (microbatch or axis_name) and reading == "centered" and weight:
         raise UsageError(
-            "Fisher remat=True takes sample after sample, but the reading 'centered' needs all samples for its mean "
-            "gradient; use another reading or remat=False."
+            "The Fisher reading 'centered' needs all samples for its mean gradient, and microbatch or axis_name take "
+            "them apart; use another reading or leave these out."
         )
 
 
@@ -271,11 +288,10 @@ def _random_patches(rng: Array, batch: int, patches: int, fraction: float) -> Fl
     return jax.random.permutation(rng, weights).reshape(batch, patches)
 
 
-def _measure_task(task: Task) -> tuple[Float[Array, ""], Measurements]:
-    """The mean task loss, and what is measured of it: the loss and, by name, its terms."""
-    loss = fisher_modes.mean_of(task)
+def _means(task: Task) -> Measurements:
+    """What is measured of the task: the mean loss and, by name, that of its terms."""
     terms = {name: jnp.mean(term) for name, term in task.items()} if isinstance(task, dict) else {}
-    return loss, {"loss": loss} | terms
+    return {"loss": fisher_modes.mean_of(task)} | terms
 
 
 def _global_norm(tree: Params) -> Float[Array, ""]:

@@ -154,31 +154,51 @@ def perturbed(
     return Outcome(task, form(gradient, z), fisher_readings.squared_norms(gradient), shifts, grads)
 
 
-def one_at_a_time(mode: Mode, batched: tuple[bool, ...]) -> Mode:
-    """``mode``, sample after sample: the memory of one sample and of one more set of gradients."""
+def without_penalty(
+    loss_fn: LossFunction, form: Form, params: Params, z: Array, args: tuple[Any, ...], weight: Array | float
+) -> Outcome:
+    """The plain step as a mode: penalty and feature gradients are given as 0."""
+    del form, weight
+    task, grads = plain(loss_fn, params, z, args)
+    zero = jnp.zeros(z.shape[:1], z.dtype)
+    return Outcome(task, zero, zero, zero, grads)
+
+
+def in_parts(mode: Mode, batched: tuple[bool, ...], size: int) -> Mode:
+    """``mode``, ``size`` samples after ``size`` samples: the memory of those and of one more set of gradients."""
 
     def looped(
         loss_fn: LossFunction, form: Form, params: Params, z: Array, args: tuple[Any, ...], weight: Array | float
     ) -> Outcome:
-        def body(total: Params, sample: tuple[Array, tuple[Any, ...]]) -> tuple[Params, Outcome]:
-            z_i, args_i = jax.tree.map(lambda leaf: leaf[None], sample)
-            outcome = mode(loss_fn, form, params, z_i, merge(batched, args_i, args), weight)
-            total = jax.tree.map(lambda t, g: t + g.astype(t.dtype) / z.shape[0], total, outcome.grads)
+        batch = z.shape[0]
+
+        def body(total: Params, part: tuple[Array, tuple[Any, ...]]) -> tuple[Params, Outcome]:
+            z_part, args_part = part
+            outcome = mode(loss_fn, form, params, z_part, merge(batched, args_part, args), weight)
+            share = z_part.shape[0] / batch
+            total = jax.tree.map(lambda t, g: t + share * g.astype(t.dtype), total, outcome.grads)
             return total, outcome._replace(grads=())
 
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(cross_entropy.at_least_float32(p)), params)
-        total, outcomes = jax.lax.scan(body, zeros, (z, only(batched, args)))
-        outcomes = jax.tree.map(lambda leaf: leaf[:, 0], outcomes)
-        return outcomes._replace(grads=jax.tree.map(lambda t, p: t.astype(p.dtype), total, params))
+        whole, samples = batch - batch % size, (z, only(batched, args))
+        total = jax.tree.map(lambda p: jnp.zeros_like(cross_entropy.at_least_float32(p)), params)
+        outcomes = []
+        if whole:
+            parts = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, size, *leaf.shape[1:]), samples)
+            total, stacked = jax.lax.scan(body, total, parts)
+            outcomes.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stacked))
+        if whole < batch:
+            total, rest = body(total, jax.tree.map(lambda leaf: leaf[whole:], samples))
+            outcomes.append(rest)
+        outcome = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outcomes)
+        return outcome._replace(grads=jax.tree.map(lambda t, p: t.astype(p.dtype), total, params))
 
     return looped
 
 
-def on_a_subset(mode: Mode, batched: tuple[bool, ...], rng: Array, size: int) -> Mode:
-    """``mode`` for ``size`` random samples, the plain step for the others: ``1 + size / B`` times the plain cost or so.
+def on_a_subset(mode: Mode, without: Mode, batched: tuple[bool, ...], rng: Array, size: int) -> Mode:
+    """``mode`` for ``size`` random samples, ``without`` for the others: ``1 + size / B`` times the plain cost or so.
 
-    Every sample is as likely to be chosen, so that the mean of ``q_i`` over the chosen ones is unbiased.  For one
-    device: XLA answers a choice along a split batch axis by gathering the batch on every device.
+    Every sample is as likely to be chosen, so that the mean of ``q_i`` over the chosen ones is unbiased.
     """
 
     def split(
@@ -194,28 +214,24 @@ def on_a_subset(mode: Mode, batched: tuple[bool, ...], rng: Array, size: int) ->
         outcome = mode(loss_fn, form, params, *take(order[:size]), weight * batch / size)
         if size == batch:
             return outcome
-        task, grads = plain(loss_fn, params, *take(order[size:]))
+        others = without(loss_fn, form, params, *take(order[size:]), weight)
         share = size / batch
         return outcome._replace(
-            task=jax.tree.map(lambda *parts: jnp.concatenate(parts), outcome.task, task),
-            grads=jax.tree.map(lambda a, b: share * a + (1 - share) * b, outcome.grads, grads),
+            task=jax.tree.map(lambda *parts: jnp.concatenate(parts), outcome.task, others.task),
+            grads=jax.tree.map(lambda a, b: share * a + (1 - share) * b, outcome.grads, others.grads),
         )
 
     return split
 
 
-def on_condition(mode: Mode, penalise: Array) -> Mode:
-    """``mode`` where ``penalise`` is true, else the plain step, whose penalty and feature gradients are given as 0."""
+def on_condition(mode: Mode, without: Mode, penalise: Array) -> Mode:
+    """``mode`` where ``penalise`` is true, else ``without``."""
 
     def choose(
         loss_fn: LossFunction, form: Form, params: Params, z: Array, args: tuple[Any, ...], weight: Array | float
     ) -> Outcome:
-        def without() -> Outcome:
-            task, grads = plain(loss_fn, params, z, args)
-            zero = jnp.zeros(z.shape[:1], z.dtype)
-            return Outcome(task, zero, zero, zero, grads)
-
-        return jax.lax.cond(penalise, lambda: mode(loss_fn, form, params, z, args, weight), without)
+        arguments = loss_fn, form, params, z, args, weight
+        return jax.lax.cond(penalise, lambda: mode(*arguments), lambda: without(*arguments))
 
     return choose
 

@@ -8,7 +8,7 @@ import pytest
 from calsegx import configs
 from calsegx.interfaces import UsageError
 from calsegx.losses import cross_entropy, fisher, fisher_modes, fisher_readings, overlap
-from tests.losses import golden
+from tests import golden_cases
 from tests.losses.fisher_toy import assert_close, bce, compiled, decode, pair, problem
 
 GOLDEN = {  # case -> (loss, reading)
@@ -23,18 +23,15 @@ GOLDEN = {  # case -> (loss, reading)
 TOLERANCES = {"exact": 1e-9, "finite_difference": 1e-5}
 
 
-def test_all_goldens_are_used():
-    assert set(GOLDEN) == {name for name in golden.cases() if name.startswith("fip_")}
-
-
 @pytest.mark.parametrize("mode", TOLERANCES)
 @pytest.mark.parametrize("case_id", GOLDEN)
 def test_golden(case_id: str, mode: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fisher_modes, "_RELATIVE_STEP", 1e-4)
-    case, (loss, reading) = golden.read(case_id), GOLDEN[case_id]
+    case, (loss, reading) = golden_cases.stored("losses", case_id), GOLDEN[case_id]
+    recorded = case.outputs
     with jax.enable_x64():
         params = {name: jnp.asarray(case[name]) for name in ("W1", "b1", "W2", "b2")}
-        z, labels = jnp.asarray(case["z"]), jnp.asarray(case["labels"])
+        z, labels = jnp.asarray(np.moveaxis(case["z"], 1, -1)), jnp.asarray(case.labels)
 
         def loss_fn(params, z, labels):
             return loss(decode(params, z), labels)
@@ -46,15 +43,15 @@ def test_golden(case_id: str, mode: str, monkeypatch: pytest.MonkeyPatch):
 
         ((total, measurements), grads), plain = jax.tree.map(np.asarray, jax.jit(everything)(params))
 
-    np.testing.assert_allclose(measurements["penalty"], case["penalty"], rtol=1e-9)
-    np.testing.assert_allclose(measurements["loss"], case["loss"], rtol=1e-9)
-    np.testing.assert_allclose(total, case["loss"] + 0.7 * case["penalty"], rtol=1e-9)
-    gradient = case["g_z"] * (len(z) if reading == "batch_mean" else 1)  # there of the batch's mean loss
+    np.testing.assert_allclose(measurements["penalty"], recorded["penalty"], rtol=1e-9)
+    np.testing.assert_allclose(measurements["loss"], recorded["loss"], rtol=1e-9)
+    np.testing.assert_allclose(total, recorded["loss"] + 0.7 * recorded["penalty"], rtol=1e-9)
+    gradient = recorded["g_z"] * (len(z) if reading == "batch_mean" else 1)  # there of the batch's mean loss
     squared_norms = np.sum(gradient**2, axis=(1, 2, 3))
     np.testing.assert_allclose(measurements["feature_gradient_norm"], np.sqrt(squared_norms.mean()), rtol=1e-9)
     tolerance = TOLERANCES[mode]
     for name in params:
-        penalty_gradient, expected = (grads[name] - plain[name]) / 0.7, case[f"d_{name}"]
+        penalty_gradient, expected = (grads[name] - plain[name]) / 0.7, recorded[f"d_{name}"]
         rounding = 1e-14 * np.abs(grads[name]).max() + (tolerance > 1e-9) * tolerance * np.abs(expected).max()
         np.testing.assert_allclose(penalty_gradient, expected, rtol=tolerance, atol=rounding)
 

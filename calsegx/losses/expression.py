@@ -1,0 +1,168 @@
+"""Losses as sums in one line: ``sam + 0.5*cmp + linear(0, 0.1, 0.2)*mbls_penalty(margin=5)``.
+
+A term is ``name``, ``name(option=value, ...)``, or one of them times a weight; a name is registered in
+``calsegx.losses`` or ``package.module:function``.  A weight is a number or a schedule over the run, of the share ``t``
+of its steps that is done (0 to 1):
+
+* ``linear(start, end, until)``: from ``start`` at ``t = 0`` to ``end`` at ``t = until`` (default 1), then ``end``;
+* ``cosine(start, end, until)``: the same along half a cosine;
+* ``step(start, factor, every)``: ``start * factor^floor(t / every)``; ``step(0.1, 10, 1/3)`` is tenfold per third.
+
+MbLS's ``mu`` and step schedules (Murugesan et al., 2023) are the first and the last.
+"""
+
+import ast
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from calsegx import losses
+from calsegx.interfaces import Loss, UsageError
+
+Weight = Callable[[Float[Array, ""]], Float[Array, ""] | float]
+PAIRED = ("bwcr",)
+_OUTSIDE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function, which is no Python expression
+_FORM = "write for example 'sam + 0.5*cmp + 0.1*mbls_penalty(margin=5)'"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One weighted loss."""
+
+    name: str
+    weight: Weight
+    loss: Loss
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A weighted sum of losses, itself a loss; ``text`` is what it was parsed from."""
+
+    text: str
+    terms: tuple[Term, ...]
+
+    @property
+    def paired(self) -> bool:
+        """Whether a term needs batches of pairs: two views of every slice, on one grid, one after the other."""
+        return any(term.name in PAIRED for term in self.terms)
+
+    def __call__(
+        self,
+        logits: Float[Array, "B *spatial L"],
+        labels: Int[Array, " B *spatial"],
+        progress: Float[Array, ""] | float = 1.0,
+    ) -> Float[Array, " B"]:
+        """``sum_i weight_i(progress) * loss_i(logits, labels)``, one value per sample."""
+        share = jnp.asarray(progress)
+        values = [term.weight(share) * term.loss(logits, labels) for term in self.terms]
+        return functools.reduce(jnp.add, values)
+
+
+def parse(text: str) -> Expression:
+    """Read a sum of losses, and check names, options and numbers.
+
+    Raises:
+        UsageError: saying which part cannot be used, and what is known.
+    """
+    outside: dict[str, str] = {}
+
+    def stand_in(match: re.Match) -> str:
+        outside[name := f"outside_{len(outside)}"] = match[0]
+        return name
+
+    try:
+        tree = ast.parse(_OUTSIDE.sub(stand_in, text.strip()), mode="eval").body
+    except SyntaxError as error:
+        raise UsageError(f"The loss {text!r} cannot be read ({error.msg}); {_FORM}.") from error
+    return Expression(text, tuple(_term(part, text, outside) for part in _summands(tree)))
+
+
+def linear(start: float, end: float, until: float = 1.0) -> Weight:
+    """From ``start`` to ``end`` along a line, over the share ``until`` of the run."""
+    return lambda t: start + (end - start) * jnp.clip(t / until, 0.0, 1.0)
+
+
+def cosine(start: float, end: float, until: float = 1.0) -> Weight:
+    """From ``start`` to ``end`` along half a cosine, over the share ``until`` of the run."""
+    return lambda t: end + (start - end) * (1 + jnp.cos(jnp.pi * jnp.clip(t / until, 0.0, 1.0))) / 2
+
+
+def step(start: float, factor: float, every: float) -> Weight:
+    """``start``, times ``factor`` whenever another share ``every`` of the run is done."""
+    return lambda t: start * factor ** jnp.floor(t / every)
+
+
+SCHEDULES: Mapping[str, Callable[..., Weight]] = {"linear": linear, "cosine": cosine, "step": step}
+
+
+def _summands(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _summands(node.left) + [node.right]
+    return [node]
+
+
+def _term(node: ast.expr, text: str, outside: Mapping[str, str]) -> Term:
+    weight: Weight = lambda t: 1.0
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        weight, node = _weight(node.left, text), node.right
+    options: dict[str, Any] = {}
+    if isinstance(node, ast.Call):
+        if node.args or any(keyword.arg is None for keyword in node.keywords):
+            raise UsageError(f"The loss {text!r} gives an option without its name; write name=value, e.g. margin=5.")
+        options = {keyword.arg: _value(keyword.value, text) for keyword in node.keywords if keyword.arg}
+        node = node.func
+    if not isinstance(node, ast.Name):
+        raise UsageError(f"The loss {text!r} has a part that is no weighted loss, {ast.unparse(node)!r}; {_FORM}.")
+    name = outside.get(node.id, node.id)
+    return Term(name, weight, losses.registry.bind(name, options))
+
+
+def _weight(node: ast.expr, text: str) -> Weight:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in SCHEDULES:
+        values = [_number(value, text) for value in node.args]
+        try:
+            schedule = SCHEDULES[node.func.id](*values, **{k.arg or "": _number(k.value, text) for k in node.keywords})
+        except TypeError as error:
+            raise UsageError(f"The loss {text!r} has a schedule with other arguments ({error}).") from error
+        if values[2:] and not 0 < values[2] <= 1:
+            raise UsageError(f"The loss {text!r} has a schedule over {values[2]} of the run; give a share in (0, 1].")
+        return schedule
+    number = _number(node, text)
+    if number < 0:
+        raise UsageError(f"The loss {text!r} has the weight {number}; weights must be at least 0.")
+    return lambda t: number
+
+
+def _number(node: ast.expr, text: str) -> float:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        divisor = _number(node.right, text)
+        if divisor:
+            return _number(node.left, text) / divisor
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        value = None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        known = ", ".join(SCHEDULES)
+        raise UsageError(
+            f"The loss {text!r} has {ast.unparse(node)!r} where a number or a schedule ({known}) belongs; {_FORM}."
+        )
+    return float(value)
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    """An option's value: a Python literal, or a bare word for a string (``distance=l2``)."""
+    if isinstance(node, ast.Name) and node.id not in ("True", "False", "None"):
+        return node.id
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise UsageError(
+            f"The loss {text!r} has the option value {ast.unparse(node)!r}; give a number, a word, True or False."
+        ) from error
