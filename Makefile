@@ -49,7 +49,7 @@ $(VENV)/.tests-0: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.tests-1: $(VENV)/.installed
-	$(PIP) --editable '.[test,torch]'
+	$(PIP) --editable '.[test,torch,oracles]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.installed

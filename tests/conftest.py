@@ -1,4 +1,4 @@
-"""Settings shared by all tests: the CPU, a persistent compilation cache, absl flags marked as parsed."""
+"""Settings shared by all tests: the CPU, a persistent compilation cache, absl flags, the golden cases."""
 
 import os
 import pathlib
@@ -10,5 +10,23 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from absl import flags  # noqa: E402
 
+from tests import golden_cases  # noqa: E402
+
 # grain's worker processes read absl flags and fail where absl.app.run has not parsed them.
 flags.FLAGS.mark_as_parsed()
+
+
+def pytest_addoption(parser):
+    for name in golden_cases.KINDS:
+        text = f"PREFIX.npz and PREFIX.json of other {name} cases for tests/test_golden.py"
+        parser.addoption(f"--golden-{name}", metavar="PREFIX", help=text)
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    calls = [report for report in reports if getattr(report, "when", None) == "call"]
+    records = [value for report in calls for name, value in report.user_properties if name == "golden"]
+    if records:
+        terminalreporter.section("golden cases")
+        for line in golden_cases.table(records):
+            terminalreporter.write_line(line)

@@ -18,6 +18,8 @@ ALLOWED = {
     "metrics": set(),
     "calibrators": set(),
     "sharding": set(),
+    "locks": set(),
+    "uncertainty": {"losses", "metrics"},
     "memory": set(),
     "features": set(),
     "data": {"features"},  # the pipeline reads the cache
@@ -31,6 +33,10 @@ CONFINED = {
     "jax": (
         "calsegx/models/",
         "calsegx/losses/",
+        "calsegx/metrics/device.py",
+        "calsegx/metrics/overlap.py",
+        "calsegx/calibrators/",
+        "calsegx/uncertainty/",
         "calsegx/sharding.py",
         "calsegx/training/",
         "calsegx/evaluation/",

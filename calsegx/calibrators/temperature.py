@@ -6,16 +6,22 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 import scipy.special
+from jaxtyping import Float, Integer
 
 from calsegx import calibrators
-from calsegx.interfaces import Array, DataError, UsageError
+from calsegx.calibrators import voxels
+from calsegx.interfaces import Array, UsageError
 
 LOWEST, HIGHEST = 0.05, 20.0
 _BLOCK = 1 << 18  # voxels per evaluation: bounds the temporaries
 
 
 def fit(
-    chunks: Iterable[tuple[np.ndarray, np.ndarray]], *, max_voxels: int = 2_000_000, seed: int = 0
+    chunks: Iterable[tuple[np.ndarray, np.ndarray]],
+    *,
+    max_voxels: int = 2_000_000,
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The temperature that minimises the negative log-likelihood of ``softmax(z / T)`` (Guo et al., 2017).
 
@@ -29,36 +35,30 @@ def fit(
         max_voxels: more voxels than this are replaced by a uniform random sample of this size; memory
             grows with it, not with the data.
         seed: of that sample, which does not depend on how the voxels are cut into chunks.
+        provenance: stored as it is, e.g. region and split.
 
     Returns:
-        ``temperature`` (1 where not identifiable), ``identifiable``, ``nll_before`` and ``nll_after`` (mean
-        over voxels, nats), ``voxels`` (used) and ``voxels_seen``.
+        ``temperature`` (1 where not identifiable) and the record of every calibrator: ``identifiable`` and else the
+        ``reason``, ``nll_before`` and ``nll_after`` (mean over voxels, nats), ``voxels`` (used), ``voxels_seen``.
 
     Raises:
         DataError: for no voxels, logits that are not finite or have the wrong shape, or labels outside the
             classes.
         UsageError: for max_voxels below 1.
     """
-    if max_voxels < 1:
-        raise UsageError(f"Temperature scaling needs max_voxels of at least 1, got {max_voxels}.")
-    margins, seen = _sample(map(_margins, chunks), max_voxels, np.random.default_rng(seed))
-    identifiable = _slope(margins, 1 / HIGHEST) < 0 < _slope(margins, 1 / LOWEST)
-    temperature = 1.0
-    if identifiable:
-        bounds = np.log(LOWEST), np.log(HIGHEST)
-        root = scipy.optimize.brentq(lambda t: _slope(margins, np.exp(-t)), *bounds, xtol=1e-12)
-        temperature = float(np.exp(root))
-    return {
-        "temperature": temperature,
-        "identifiable": identifiable,
-        "nll_before": _likelihood(margins, 1.0),
-        "nll_after": _likelihood(margins, 1 / temperature),
-        "voxels": len(margins),
-        "voxels_seen": seen,
-    }
+    (differences,), seen = voxels.sample(((margins(*chunk),) for chunk in chunks), max_voxels, seed)
+    temperature, reason = solve(differences)
+    return voxels.record(
+        "temperature",
+        {"temperature": temperature},
+        reason=reason,
+        nll=(likelihood(differences, 1.0), likelihood(differences, 1 / temperature)),
+        voxels=(len(differences), seen),
+        provenance=provenance,
+    )
 
 
-def apply(params: Mapping[str, Any], logits: Array) -> Array:
+def apply(params: Mapping[str, Any], logits: Array, image: Array | None = None) -> Array:
     """``logits / T``, of any shape; the decision (argmax, or the side of 1/2) does not change."""
     return logits / params["temperature"]
 
@@ -67,77 +67,92 @@ def apply(params: Mapping[str, Any], logits: Array) -> Array:
 class Temperature:
     """Temperature scaling as a registered calibrator."""
 
+    spatial = False
     fit = staticmethod(fit)
     apply = staticmethod(apply)
 
 
-def _margins(chunk: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """``z_k - z_y`` ``[n, K]``: likelihood and derivative depend on the logits through these alone.
+def grid_search(
+    logits: Float[np.ndarray, "n L"], labels: Integer[np.ndarray, " n"], *, criterion: str = "ece", bins: int = 15
+) -> float:
+    """The temperature as the code of MbLS and CRaC searches it; for parity, ``fit`` is exact.
+
+    100 steps of 0.1 from 0.1, added up in floating point (so the result differs from the decimal in the last digits);
+    the first of equal temperatures.  MbLS (Murugesan et al., 2023) writes that the NLL chooses, its code's default is
+    the ECE: the gap of mean confidence and accuracy in bins ``(lo, hi]``, weighted by their voxels.
+
+    Args:
+        logits: one (sigmoid) or several (softmax) per voxel.
+        labels: class indices.
+        criterion: ``ece`` or ``nll``.
+        bins: of the ECE, of equal width.
+
+    Raises:
+        DataError: as ``fit``.
+        UsageError: for another criterion.
+    """
+    if criterion not in ("ece", "nll"):
+        raise UsageError(f"The temperature grid search knows the criteria 'ece' and 'nll', got {criterion!r}.")
+    differences = margins(logits, labels)
+    candidates = np.cumsum(np.full(100, 0.1))
+    if criterion == "nll":
+        scores = [likelihood(differences, 1 / t) for t in candidates]
+    else:
+        scores = [_calibration_error(differences / t, labels, bins) for t in candidates]
+    return float(candidates[np.argmin(scores)])
+
+
+def margins(logits: Float[np.ndarray, "n L"], labels: Integer[np.ndarray, " n"]) -> Float[np.ndarray, "n K"]:
+    """``z_k - z_y``: likelihood and derivative depend on the logits through these alone.
 
     The true class is exactly 0, so a voxel that is right has no positive margin and the sign of its
     derivative is exact.
     """
-    logits, labels = (np.asarray(array) for array in chunk)
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(
-            f"Temperature scaling needs logits [n, L] and integer labels [n], got {logits.shape} and "
-            f"{labels.dtype} {labels.shape}."
-        )
-    logits = logits.astype(np.result_type(logits.dtype, np.float32))
-    if logits.shape[1] == 1:
-        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)  # sigmoid(z) = softmax([0, z])_1
-    if not np.isfinite(logits).all():
-        raise DataError("Temperature scaling got logits that are not finite; check the model's predictions.")
-    if labels.size and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
-        raise DataError(
-            f"Temperature scaling got labels from {labels.min()} to {labels.max()}, but the logits know the "
-            f"classes 0 to {logits.shape[1] - 1}."
-        )
+    logits, labels = voxels.check(logits, labels)
+    logits = voxels.as_classes(logits)
     return logits - np.take_along_axis(logits, labels[:, None], axis=1)
 
 
-def _sample(chunks: Iterable[np.ndarray], limit: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-    """A uniform sample of at most ``limit`` rows, without replacement, and the number of rows seen.
-
-    Every row draws a number and those with the smallest numbers stay: one pass, and the same rows for any
-    chunking.
-    """
-    waiting: list[tuple[np.ndarray, np.ndarray]] = []
-    seen = 0
-    for chunk in chunks:
-        waiting.append((chunk, rng.random(len(chunk))))
-        seen += len(chunk)
-        if sum(len(rows) for rows, _ in waiting) > 2 * limit:
-            waiting = [_smallest(waiting, limit)]
-    if seen == 0:
-        raise DataError("Temperature scaling got no voxels; give a validation case with voxels in the region.")
-    return _smallest(waiting, limit)[0], seen
+def solve(differences: Float[np.ndarray, "n K"]) -> tuple[float, str]:
+    """The optimal temperature for these margins, or 1 and the reason why there is none."""
+    if separable(differences):
+        return 1.0, f"the likelihood still rises at T = {LOWEST}: (almost) no voxel is wrong"
+    if slope(differences, 1 / HIGHEST) >= 0:
+        return 1.0, f"the likelihood still rises at T = {HIGHEST:g}: the logits say nothing about the labels"
+    bounds = np.log(LOWEST), np.log(HIGHEST)
+    root = scipy.optimize.brentq(lambda t: slope(differences, np.exp(-t)), *bounds, xtol=1e-12)
+    return float(np.exp(root)), ""
 
 
-def _smallest(waiting: list[tuple[np.ndarray, np.ndarray]], limit: int) -> tuple[np.ndarray, np.ndarray]:
-    rows, numbers = (np.concatenate(part) for part in zip(*waiting, strict=True))
-    if len(rows) > limit:
-        keep = np.sort(np.argpartition(numbers, limit)[:limit])
-        rows, numbers = rows[keep], numbers[keep]
-    return rows, numbers
+def separable(differences: Float[np.ndarray, "n K"]) -> bool:
+    """Whether larger logits always fit better, up to the lowest temperature: scaling has no finite optimum."""
+    return slope(differences, 1 / LOWEST) <= 0
 
 
-def _blocks(margins: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(margins), _BLOCK):
-        yield margins[start : start + _BLOCK]
-
-
-def _slope(margins: np.ndarray, inverse_temperature: float) -> float:
+def slope(differences: Float[np.ndarray, "n K"], inverse_temperature: float) -> float:
     """Derivative of the mean negative log-likelihood with respect to 1/T."""
     total = 0.0
-    for block in _blocks(margins):
+    for block in _blocks(differences):
         total += np.sum(scipy.special.softmax(inverse_temperature * block, axis=1) * block, dtype=np.float64)
-    return float(total / len(margins))
+    return float(total / len(differences))
 
 
-def _likelihood(margins: np.ndarray, inverse_temperature: float) -> float:
+def likelihood(differences: np.ndarray, inverse_temperature: float) -> float:
     """Mean negative log-likelihood in nats."""
     total = 0.0
-    for block in _blocks(margins):
+    for block in _blocks(differences):
         total += np.sum(scipy.special.logsumexp(inverse_temperature * block, axis=1), dtype=np.float64)
-    return float(total / len(margins))
+    return float(total / len(differences))
+
+
+def _blocks(differences: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(differences), _BLOCK):
+        yield differences[start : start + _BLOCK]
+
+
+def _calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int) -> float:
+    probabilities = scipy.special.softmax(logits, axis=1)
+    confidence = probabilities.max(axis=1)
+    gap = (probabilities.argmax(axis=1) == labels) - confidence
+    index = np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="left") - 1
+    return float(np.abs(np.bincount(index, weights=gap)).sum() / len(labels))

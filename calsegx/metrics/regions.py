@@ -10,6 +10,7 @@ import difflib
 import re
 
 import numpy as np
+from jaxtyping import Bool, Float
 from scipy import ndimage
 
 from calsegx.interfaces import InputError, UsageError
@@ -17,40 +18,52 @@ from calsegx.metrics import overlap
 
 DILATION_MM = 10.0
 FAR_MM = 1e6  # between slices: out of reach of the dilation
-REGIONS = ("all", "p>0.01", "dilated_truth")  # what reports offer; gt_fg has to be asked for
+REGIONS = ("all", "p>0.01", "dilated")  # what reports offer; the others have to be asked for
+_DESCRIPTIONS = {
+    "all": "all voxels",
+    "pred_fg": "voxels predicted as foreground",
+    "dilated": f"voxels within {DILATION_MM:g} mm of true foreground in the same slice",
+    "union": "true or predicted foreground (selected by the label as well)",
+    "gt_fg": "true foreground only (selected by the label: misleading, for parity with papers)",
+}
+_LABEL_INDEPENDENT = ("all", "pred_fg")  # and every p>T
 _THRESHOLD = re.compile(r"p>(0|0?\.\d+)")
 
 
 def region(
     name: str,
-    probabilities_foreground: np.ndarray,
-    truth_foreground: np.ndarray,
+    probabilities_foreground: Float[np.ndarray, "*spatial"],
+    truth_foreground: Bool[np.ndarray, "*spatial"],
     spacing_mm: tuple[float, ...],
-) -> np.ndarray:
+    prediction_foreground: Bool[np.ndarray, "*spatial"] | None = None,
+) -> Bool[np.ndarray, "*spatial"]:
     """The mask of a region.
 
     The regions::
 
-        all            every voxel
-        p>T            foreground probability above T, 0 <= T < 1 (e.g. p>0.01): independent of the label
-        dilated_truth  within 10 mm (3D, Euclidean) of true foreground; empty where there is none.  The same
-                       voxels for every model, but chosen by labels: compare models on it, do not read its ECE
-                       alone
-        gt_fg          true foreground alone, as some papers report it.  Misleading: it selects by outcome, so
-                       a perfectly calibrated model scores badly, an over-confident one can score better, and
-                       false positives never count
+        all      every voxel
+        p>T      foreground probability above T, 0 <= T < 1 (e.g. p>0.01): independent of the label
+        pred_fg  predicted foreground: independent of the label, but blind to what was missed
+        dilated  within 10 mm (Euclidean) of true foreground in the same slice; empty where there is none.  The same
+                 voxels for every model, but chosen by labels: compare models on it, do not read its ECE alone
+        union    true or predicted foreground: chosen by labels as well, so a calibrated model does not reach 0
+        gt_fg    true foreground alone, as the papers of MbLS, NACL and CRaC report it.  Misleading: it selects by
+                 outcome, so a perfectly calibrated model scores badly, an over-confident one can score better, and
+                 false positives never count
 
     Args:
         name: one of the above.
         probabilities_foreground: [D, H, W], 1 minus the background probability; at most 1.
-        truth_foreground: [D, H, W] bool.
+        truth_foreground: [D, H, W].
         spacing_mm: voxel size along each axis.
+        prediction_foreground: [D, H, W], where the predicted label is foreground; ``pred_fg`` and ``union`` need it,
+            because with several classes it does not follow from the foreground probability.
 
     Returns:
         [D, H, W] bool, a new array.
 
     Raises:
-        UsageError: for an unknown name.
+        UsageError: for an unknown name, or a region that needs the prediction without it.
         InputError: for arrays that do not fit or an unusable spacing.
     """
     threshold = _threshold(name)
@@ -62,7 +75,23 @@ def region(
         return np.ones_like(truth_foreground)
     if name == "gt_fg":
         return truth_foreground.copy()
-    return _dilate(truth_foreground, spacing)
+    if name == "dilated":
+        return _dilate(truth_foreground, spacing)
+    if prediction_foreground is None:
+        raise UsageError(f"Region {name!r} needs prediction_foreground; pass the predicted labels > 0.")
+    overlap.check_masks(prediction_foreground, truth_foreground)
+    return prediction_foreground.copy() if name == "pred_fg" else prediction_foreground | truth_foreground
+
+
+def label_independent(name: str) -> bool:
+    """Whether a region is chosen without looking at labels, so that a calibrated model has zero error on it.
+
+    True for ``all``, ``pred_fg`` and ``p>T``; False for ``gt_fg``, ``union`` and ``dilated``.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    return _threshold(name) is not None or name in _LABEL_INDEPENDENT
 
 
 def describe(name: str) -> str:
@@ -74,24 +103,20 @@ def describe(name: str) -> str:
     threshold = _threshold(name)
     if threshold is not None:
         return f"voxels with foreground probability above {threshold:g}"
-    return {
-        "all": "all voxels",
-        "dilated_truth": f"voxels within {DILATION_MM:g} mm of true foreground in the same slice",
-        "gt_fg": "true foreground only (selected by the label: misleading, for parity with papers)",
-    }[name]
+    return _DESCRIPTIONS[name]
 
 
 def _threshold(name: str) -> float | None:
     """T of a region ``p>T``; None for the other known names."""
-    if name in ("all", "dilated_truth", "gt_fg"):
+    if name in _DESCRIPTIONS:
         return None
     match = _THRESHOLD.fullmatch(name)
     if match is None:
-        near = difflib.get_close_matches(name, REGIONS, n=1)
+        near = difflib.get_close_matches(name, (*_DESCRIPTIONS, "p>0.01"), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(
             f"There is no region named {name!r}; known: all, p>T with 0 <= T < 1 (e.g. p>0.01), "
-            f"dilated_truth, gt_fg.{hint}"
+            f"pred_fg, dilated, union, gt_fg.{hint}"
         )
     return float(match[1])
 

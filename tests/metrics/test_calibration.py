@@ -1,13 +1,14 @@
-import dataclasses
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import special
 
 from calsegx.interfaces import InputError, UsageError
-from calsegx.metrics import calibration
-from tests.metrics import golden
+from calsegx.metrics import binning, calibration
 
 
 def literal_bins(confidences, corrects, bins):
@@ -41,72 +42,6 @@ def random_softmax(rng, voxels, classes, scale=2.0):
     return special.softmax(rng.normal(size=(voxels, classes)) * scale, axis=1)
 
 
-@pytest.mark.parametrize("name", golden.names("_b15_orig", "_b10_orig"))
-def test_ece_and_mce_golden(name):
-    inputs, hparams, outputs = golden.cases()[name]
-    sums = calibration.calibration_statistics(*golden.multiclass(inputs, hparams["region"]), bins=hparams["n_bins"])
-    assert sums.ece() == pytest.approx(float(outputs["ece"]), rel=1e-9)
-    assert sums.mce() == pytest.approx(float(outputs["dict_mce"]), rel=1e-9)
-
-
-@pytest.mark.parametrize("name", golden.names("_b15_reliability"))
-def test_reliability_curve_golden(name):
-    inputs, hparams, outputs = golden.cases()[name]
-    sums = calibration.calibration_statistics(*golden.multiclass(inputs, hparams["region"]))
-    curve = sums.reliability_curve()
-    np.testing.assert_array_equal(curve.count, outputs["bin_count"])
-    np.testing.assert_array_equal(np.isnan(curve.confidence), curve.count == 0)
-    # The original stores 0 for an empty bin.
-    np.testing.assert_allclose(np.nan_to_num(curve.confidence), outputs["bin_conf"], rtol=1e-9)
-    np.testing.assert_allclose(np.nan_to_num(curve.accuracy), outputs["bin_acc"], rtol=1e-9)
-
-
-@pytest.mark.parametrize("name", golden.names("_scores"))
-def test_brier_and_nll_golden(name):
-    inputs, hparams, outputs = golden.cases()[name]
-    sums = calibration.calibration_statistics(*golden.multiclass(inputs, hparams["region"]))
-    assert sums.brier() == pytest.approx(float(outputs["brier_sum"]), rel=1e-9)
-    assert sums.nll() == pytest.approx(float(outputs["nll"]), rel=1e-9)
-
-
-@pytest.mark.parametrize("kind", ["equal", "sat_right", "sat_wrong", "allfg1", "allbg"])
-def test_ece_degenerate_golden(kind):
-    inputs, _, outputs = golden.cases()[f"dg_{kind}_all"]
-    sums = calibration.calibration_statistics(*golden.multiclass(inputs))
-    assert sums.ece() == pytest.approx(float(outputs["ece"]), rel=1e-9, abs=1e-12)
-    assert np.isfinite(sums.nll())
-
-
-def test_saturated_confidence_shares_the_last_bin():
-    inputs, _, outputs = golden.cases()["saturated_split"]
-    probabilities = special.softmax(inputs["logits"], axis=1)
-    sums = calibration.calibration_statistics(probabilities, inputs["labels"])
-    assert sums.ece() == pytest.approx(float(outputs["ece_rightclosed"]), rel=1e-9)
-
-
-@pytest.mark.parametrize("bins", [5, 10])
-def test_bin_edges_golden(bins):
-    inputs, _, outputs = golden.cases()["edges_binary"]
-    sums = calibration.calibration_statistics(inputs["p"], inputs["y"], bins=bins, score="foreground")
-    np.testing.assert_array_equal(sums.count, outputs[f"ref_count_rightclosed_b{bins}"])
-    assert sums.ece() == pytest.approx(float(outputs[f"ref_ece_pos_rightclosed_b{bins}"]), rel=1e-9)
-
-
-@pytest.mark.parametrize("bins", [15, 10])
-def test_binary_golden(bins):
-    inputs, _, outputs = golden.cases()["binary_calibration"]
-    p, y = special.expit(inputs["logits"]).ravel(), inputs["labels"].ravel()
-    top = calibration.calibration_statistics(p, y, bins=bins)
-    foreground = calibration.calibration_statistics(p, y, bins=bins, score="foreground")
-    true_only = calibration.calibration_statistics(p[y == 1], y[y == 1], bins=bins)
-    assert top.ece() == pytest.approx(float(outputs[f"ece_top_b{bins}"]), rel=1e-9)
-    assert true_only.ece() == pytest.approx(float(outputs[f"ece_top_fg_b{bins}"]), rel=1e-9)
-    assert foreground.ece() == pytest.approx(float(outputs[f"ece_pos_tm_b{bins}"]), rel=1e-5)
-    for sums in (top, foreground):
-        assert sums.brier() == pytest.approx(float(outputs["brier"]), rel=1e-9)
-        assert sums.nll() == pytest.approx(float(outputs["nll"]), rel=1e-9)
-
-
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("bins", [1, 7, 15])
 def test_softmax_literal(classes, bins):
@@ -124,7 +59,7 @@ def test_binary_equals_two_class_softmax():
     binary = calibration.calibration_statistics(p, y)
     softmax = calibration.calibration_statistics(np.stack([1 - p, p], axis=1), y)
     np.testing.assert_array_equal(binary.count, softmax.count)
-    np.testing.assert_array_equal(binary.correct_sum, softmax.correct_sum)
+    np.testing.assert_array_equal(binary.top_label.hit_sum, softmax.top_label.hit_sum)
     assert binary.nll() == pytest.approx(softmax.nll())
     assert 2 * binary.brier() == pytest.approx(softmax.brier())
 
@@ -140,22 +75,109 @@ def test_foreground_reliability_literal():
         assert curve.accuracy[i] == pytest.approx(sum(a for _, a in members) / len(members))
 
 
-@pytest.mark.parametrize("score", calibration.SCORES)
-def test_merge_equals_whole_exactly(score):
+def assert_equal(got, want, *, exact):
+    """Equal counts, and equal float sums: ``exact`` or up to rounding."""
+    for bins, others in ((got.top_label, want.top_label), (got.classes, want.classes)):
+        for a, b in zip(bins, others, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0 if exact or a.dtype == np.int64 else 1e-12)
+    np.testing.assert_array_equal(got.label_count, want.label_count)
+    np.testing.assert_allclose(got.brier_sum, want.brier_sum, rtol=0 if exact else 1e-12)
+    assert got.nll_sum == pytest.approx(want.nll_sum, rel=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 400), max_size=3), st.sampled_from(["right", "left"]))
+@settings(max_examples=25, deadline=None)
+def test_merged_parts_equal_the_whole_exactly(seed, cuts, binning):
     # Multiples of 2^-10 add without rounding, so any difference would be a fault of the sums.
-    rng = np.random.default_rng(7)
-    p, y = rng.integers(0, 1025, 3000) / 1024, rng.integers(0, 2, 3000)
-    whole = calibration.calibration_statistics(p, y, score=score)
+    rng = np.random.default_rng(seed)
+    p, y = rng.integers(0, 1025, 400) / 1024, rng.integers(0, 2, 400)
+    whole = calibration.calibration_statistics(p, y, binning=binning)
+    borders = [0, *sorted(cuts), 400]
     parts = [
-        calibration.calibration_statistics(p[part], y[part], score=score)
-        for part in (slice(0, 0), slice(0, 1000), slice(1000, 1001), slice(1001, None))
+        calibration.calibration_statistics(p[a:b], y[a:b], binning=binning)
+        for a, b in zip(borders, borders[1:], strict=False)
     ]
-    for merged in (sum(parts[1:], parts[0]), sum(parts[-2::-1], parts[-1])):
-        for field in dataclasses.fields(whole):
-            if field.name != "nll_sum":
-                np.testing.assert_array_equal(getattr(merged, field.name), getattr(whole, field.name))
-        assert (merged.ece(), merged.mce(), merged.brier()) == (whole.ece(), whole.mce(), whole.brier())
-        assert merged.nll() == pytest.approx(whole.nll(), rel=1e-14)
+    assert_equal(sum(parts[1:], parts[0]), whole, exact=True)
+    assert_equal(parts[0].merge(sum(parts[-2::-1], parts[-1])), whole + parts[0], exact=True)
+    shuffled = rng.permutation(400)
+    assert_equal(calibration.calibration_statistics(p[shuffled], y[shuffled], binning=binning), whole, exact=True)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_chunks_do_not_change_the_statistics(monkeypatch, classes):
+    rng = np.random.default_rng(7)
+    p = rng.random(1000) if classes is None else random_softmax(rng, 1000, classes)
+    y = rng.integers(0, classes or 2, 1000)
+    whole = calibration.calibration_statistics(p, y)
+    streamed = calibration.empty(classes)
+    for start in range(0, 1000, 300):
+        streamed = streamed.update(p[start : start + 300], y[start : start + 300])
+    assert_equal(streamed, whole, exact=False)
+    monkeypatch.setattr(binning.chunks, "__kwdefaults__", {"size": 64})
+    assert_equal(calibration.calibration_statistics(p, y), whole, exact=False)
+
+
+def test_memory_does_not_grow_with_the_voxels():
+    def peak(voxels):
+        p, y = np.full((voxels, 4), 0.25, np.float32), np.zeros(voxels, np.uint8)
+        tracemalloc.start()
+        calibration.calibration_statistics(p, y)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(4 * binning.CHUNK) < 1.1 * peak(2 * binning.CHUNK)
+
+
+def test_precisions_agree():
+    rng = np.random.default_rng(9)
+    p, y = random_softmax(rng, 5000, 4).astype(np.float32), rng.integers(0, 4, 5000)
+    single, double = (calibration.calibration_statistics(p.astype(t), y) for t in (np.float32, np.float64))
+    np.testing.assert_array_equal(single.classes.count, double.classes.count)
+    np.testing.assert_allclose(single.brier_sum, double.brier_sum, rtol=1e-7)
+    assert single.nll() == pytest.approx(double.nll(), rel=1e-7)
+    half = calibration.calibration_statistics(p.astype(np.float16), y)
+    assert half.ece() == calibration.calibration_statistics(p.astype(np.float16).astype(np.float32), y).ece()
+
+
+@pytest.mark.parametrize("bins", [1, 5, 10, 15, 49, 98])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scores_on_edges_and_beside_them(bins, dtype):
+    edges = binning.edges(bins, "right")
+    np.testing.assert_allclose(edges, np.linspace(0, 1, bins + 1), rtol=0, atol=2e-16)
+    near = edges.astype(dtype)
+    p = np.clip(np.concatenate([near, np.nextafter(near, dtype(0)), np.nextafter(near, dtype(1))]), 0, 1)
+    right, left = binning.slots(p, bins, "right"), binning.slots(p, bins, "left")
+    for score, slot, other in zip(p.astype(np.float64), right, left, strict=True):
+        assert slot == (score > edges).sum()
+        assert other == (score >= edges).sum() - 1
+
+
+def test_binnings_differ_in_where_the_edges_go():
+    p, y = np.array([0.0, 0.25, 0.5, 1.0, 1.0]), np.array([0, 1, 0, 1, 1])
+    counts = {
+        name: calibration.calibration_statistics(p, y, bins=4, score="foreground", binning=name).count.tolist()
+        for name in binning.BINNINGS
+    }
+    assert counts == {"right": [2, 1, 0, 2], "left": [1, 1, 1, 2], "torchmetrics": [1, 1, 1, 0, 2]}
+    dropped = calibration.calibration_statistics(p, y, bins=4, score="foreground", above=0.0)
+    assert dropped.count.tolist() == [1, 1, 0, 2]
+    assert dropped.voxels == 5
+
+
+def test_hand_computed():
+    # Two bins: (0, .5] holds .25 (miss), (.5, 1] holds .75 (miss) and 1 (hit).
+    p, y = np.array([0.25, 0.75, 1.0]), np.array([0, 0, 1])
+    sums = calibration.calibration_statistics(p, y, bins=2, score="foreground")
+    assert sums.ece() == pytest.approx((0.25 + 0.75) / 3)
+    assert sums.mce() == pytest.approx(0.375)
+    assert sums.ace_nonempty() == pytest.approx((0.25 + 0.375) / 2)
+    assert sums.rmsce() == pytest.approx(math.sqrt(0.25**2 / 3 + 2 * 0.375**2 / 3))
+    assert sums.brier() == pytest.approx((0.25**2 + 0.75**2) / 3)
+    # Of the top label: confidences .75 (right), .75 (wrong), 1 (right).
+    assert sums.brier("top_label") == pytest.approx((0.25**2 + 0.75**2) / 3)
+    assert sums.brier("sum") == pytest.approx(2 * (0.25**2 + 0.75**2) / 3)
+    assert sums.nll() == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 3)
 
 
 def test_pooled_is_not_the_mean_over_cases():
@@ -170,7 +192,8 @@ def test_no_voxels_is_nan_with_count_zero():
     for probabilities in (np.zeros(0), np.zeros((0, 3))):
         sums = calibration.calibration_statistics(probabilities, np.zeros(0, int))
         assert sums.voxels == 0 and sums.count.sum() == 0
-        assert all(math.isnan(v) for v in (sums.ece(), sums.mce(), sums.brier(), sums.nll()))
+        errors = (sums.ece(), sums.mce(), sums.rmsce(), sums.ace_nonempty(), sums.cece(), sums.cece(classes="present"))
+        assert all(math.isnan(v) for v in (*errors, sums.brier(), sums.brier("top_label"), sums.nll()))
         assert np.isnan(sums.reliability_curve().accuracy).all()
 
 
@@ -224,3 +247,9 @@ def test_bad_options_are_refused():
         calibration.calibration_statistics(p, y) + calibration.calibration_statistics(p, y, bins=10)
     with pytest.raises(UsageError, match="cannot be added"):
         calibration.calibration_statistics(p, y) + calibration.calibration_statistics(p, y, score="foreground")
+    with pytest.raises(UsageError, match="not one of right"):
+        calibration.calibration_statistics(p, y, binning="middle")
+    with pytest.raises(UsageError, match="not one of sum, mean, top_label"):
+        calibration.calibration_statistics(p, y).brier("mse")
+    with pytest.raises(InputError, match="expected those of 3 classes"):
+        calibration.empty(3).update(p, y)

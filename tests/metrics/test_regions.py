@@ -6,6 +6,7 @@ from calsegx.interfaces import InputError, UsageError
 from calsegx.metrics import calibration, regions
 
 SPACING = (3.0, 1.0, 1.5)
+ALL_REGIONS = ("all", "p>0.01", "p>0.5", "pred_fg", "dilated", "union", "gt_fg")
 
 
 def literal_dilation(mask, spacing):
@@ -30,14 +31,19 @@ def simulated():
 
 def ece(log_odds, truth, name):
     p = special.expit(log_odds)
-    kept = regions.region(name, p, truth, SPACING)
+    kept = regions.region(name, p, truth, SPACING, p > 0.5)
     return calibration.calibration_statistics(p[kept], truth[kept]).ece()
 
 
 def test_label_independent_regions_keep_a_calibrated_model_calibrated(simulated):
     log_odds, truth = simulated
-    for name in ("all", "p>0.01", "p>0.5"):
-        assert ece(log_odds, truth, name) < 0.01
+    found = {name: ece(log_odds, truth, name) for name in ALL_REGIONS}
+    print("ECE of a perfectly calibrated model:", {name: round(value, 4) for name, value in found.items()})
+    for name in ALL_REGIONS:
+        if regions.label_independent(name):
+            assert found[name] < 0.01, name
+    assert found["gt_fg"] > 0.2
+    assert found["union"] > 0.03
 
 
 def test_gt_fg_prefers_the_over_confident_model(simulated):
@@ -45,7 +51,7 @@ def test_gt_fg_prefers_the_over_confident_model(simulated):
     calibrated, over_confident = log_odds, 3 * log_odds
     assert ece(calibrated, truth, "gt_fg") > 0.2  # although nothing is wrong with it
     assert ece(over_confident, truth, "gt_fg") < 0.8 * ece(calibrated, truth, "gt_fg")
-    for name in ("all", "p>0.01", "dilated_truth"):
+    for name in ("all", "p>0.01", "dilated"):
         assert ece(over_confident, truth, name) > 2 * ece(calibrated, truth, name)
     assert ece(over_confident, truth, "p>0.01") > 0.05
 
@@ -61,24 +67,37 @@ def test_masks():
     assert regions.region("all", p, truth, SPACING).all()
     np.testing.assert_array_equal(regions.region("p>.25", p, truth, SPACING), p > 0.25)
     np.testing.assert_array_equal(regions.region("p>0", p, truth, SPACING), p > 0)
-    fixed = regions.region("gt_fg", p, truth, SPACING)
-    np.testing.assert_array_equal(fixed, truth)
-    fixed[:] = False
-    assert truth.any()  # a copy
+    predicted = p > 0.7
+    for name, want in (("gt_fg", truth), ("pred_fg", predicted), ("union", truth | predicted)):
+        found = regions.region(name, p, truth, SPACING, predicted)
+        np.testing.assert_array_equal(found, want)
+        found[:] = False
+    assert truth.any() and predicted.any()  # they were copies
+
+
+def test_which_regions_look_at_labels():
+    independent = [name for name in ALL_REGIONS if regions.label_independent(name)]
+    assert independent == ["all", "p>0.01", "p>0.5", "pred_fg"]
+    p = np.random.default_rng(2).random((2, 9, 9))
+    one, other = np.zeros((2, *p.shape), bool)
+    one[0, 0, 0] = other[1, 8, 8] = True
+    for name in ALL_REGIONS:
+        same = np.array_equal(*(regions.region(name, p, truth, SPACING, p > 0.9) for truth in (one, other)))
+        assert same == regions.label_independent(name), name
 
 
 @pytest.mark.parametrize("spacing", [(3.0, 1.0, 1.5), (1.0, 4.0, 2.5)])
 def test_dilation_literal(spacing):
     truth = np.zeros((9, 24, 18), bool)
     truth[4, 10:12, 8] = truth[0, 0, 0] = True
-    got = regions.region("dilated_truth", np.zeros(truth.shape), truth, spacing)
+    got = regions.region("dilated", np.zeros(truth.shape), truth, spacing)
     np.testing.assert_array_equal(got, literal_dilation(truth, spacing))
     assert not got.all()
 
 
 def test_dilation_of_nothing_is_empty():
     empty = np.zeros((3, 4, 5), bool)
-    got = regions.region("dilated_truth", np.ones(empty.shape), empty, SPACING)
+    got = regions.region("dilated", np.ones(empty.shape), empty, SPACING)
     assert got.dtype == bool and not got.any()
 
 
@@ -97,6 +116,8 @@ def test_unknown_regions_are_refused(name):
     with pytest.raises(UsageError, match="no region named"):
         regions.describe(name)
     with pytest.raises(UsageError, match="no region named"):
+        regions.label_independent(name)
+    with pytest.raises(UsageError, match="no region named"):
         regions.region(name, np.zeros((1, 1, 1)), np.zeros((1, 1, 1), bool), SPACING)
 
 
@@ -108,5 +129,9 @@ def test_bad_arrays_are_refused():
         regions.region("all", p[:1], truth, SPACING)
     with pytest.raises(InputError, match="NaN"):
         regions.region("p>0.01", p + np.nan, truth, SPACING)
+    with pytest.raises(UsageError, match="needs prediction_foreground"):
+        regions.region("union", p, truth, SPACING)
+    with pytest.raises(InputError, match="prediction mask is float64"):
+        regions.region("pred_fg", p, truth, SPACING, p)
     with pytest.raises(InputError, match="spacing"):
         regions.region("all", p, truth, (1.0, 1.0))
