@@ -4,6 +4,7 @@ A method is a choice of terms; the weights of the terms stand in their own group
 
     sam_ft  : the task loss alone          sam_cmp : + cmp.weight * CMP
     sam_fip : + fisher.weight * FIP        calsam  : + both
+    crac    : + CRaC's augmented Lagrangian, with cross-entropy as the task loss unless another is asked for
 """
 
 import dataclasses
@@ -11,15 +12,25 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from calsegx.interfaces import UsageError
 
-METHODS: Mapping[str, tuple[bool, bool]] = {  # name -> (Fisher penalty, confidence penalty)
-    "sam_ft": (False, False),
-    "sam_fip": (True, False),
-    "sam_cmp": (False, True),
-    "calsam": (True, True),
+
+class Method(NamedTuple):
+    """Which terms a method adds to its task loss."""
+
+    fisher: bool = False
+    confidence: bool = False
+    lagrangian: bool = False
+
+
+METHODS: Mapping[str, Method] = {
+    "sam_ft": Method(),
+    "sam_fip": Method(fisher=True),
+    "sam_cmp": Method(confidence=True),
+    "calsam": Method(fisher=True, confidence=True),
+    "crac": Method(lagrangian=True),
 }
 PROTOCOLS = ("gt_points", "gt_box")
 FISHER_CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -27,6 +38,12 @@ FISHER_CHOICES: Mapping[str, tuple[str, ...]] = {
     "reading": ("per_sample", "batch_mean", "elementwise_mean", "centered"),
     "normalisation": ("relative", "raw"),
     "labels": ("empirical", "sampled"),
+}
+CRAC_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "function": ("phr", "p2", "p3"),
+    "constraint": ("absolute", "signed"),
+    "average": ("voxels", "region", "all"),
+    "border": ("replicate", "background", "inside", "zero"),
 }
 
 
@@ -58,6 +75,7 @@ class ModelConfig:
     weights: str = ""  # a weights folder; empty: the tiny SAM that ships with calsegx
     dtype: str = "float32"  # what the frozen encoder computes in: float32 or bfloat16
     encoder_batch: int = 0  # slices per encoder call; 0: by feature grid and device (caching.encoder_batch)
+    shards: int = 1  # devices that share one copy of the encoder's parameters, for an encoder too large for one
 
 
 @dataclass
@@ -68,9 +86,9 @@ class FisherConfig:
     mode: str = "exact"  # or finite_difference, stochastic, every_k, perturbed (not for SAM): see losses/fisher.py
     reading: str = "per_sample"  # or batch_mean, elementwise_mean, centered (over the positions of the batch's slices)
     labels: str = "empirical"  # the data's, or sampled from the model: the true Fisher
-    fraction: float = 0.125  # stochastic (one device only): the penalised share of each batch, at least one slice
+    loss: str = ""  # the penalised loss, as TrainConfig.loss; empty: voxel-mean cross-entropy
+    fraction: float = 0.125  # stochastic: the penalised share of each device's batch, at least one slice
     every: int = 8  # every_k: only every this many steps, with this many times the weight
-    remat: bool = False  # slice after slice: less memory, more time; on one device only
     normalisation: str = "relative"  # relative or raw
     warmup_fraction: float = 0.2  # the weight rises linearly over this fraction of the steps
 
@@ -82,6 +100,25 @@ class CmpConfig:
     weight: float = 0.5
     threshold: float = 0.6931471805599453  # tau, in nats: log 2 is the decision boundary of a binary problem
     temperature: float = 0.1  # gamma
+
+
+@dataclass
+class CracConfig:
+    """CRaC's augmented Lagrangian (METHODS: CRaC); see losses/augmented_lagrangian.py."""
+
+    function: str = "phr"  # or p2, p3 (start those with multiplier 0.01 or more)
+    constraint: str = "absolute"  # or signed, the paper's
+    average: str = "voxels"  # of the update; or region (each region's own voxels), all (one multiplier)
+    margin: float = 5.0  # of the inner region's target logits
+    size: int = 3  # voxels per axis of a patch
+    border: str = "replicate"  # what lies outside the image
+    multiplier: float = 1e-6  # initial lambda, also its lowest value
+    highest_multiplier: float = 1e6
+    rho: float = 0.1  # initial rho, also its lowest value
+    highest_rho: float = 10.0
+    growth: float = 1.2  # gamma: rho's growth where the violation did not fall enough
+    improvement: float = 0.9  # mu: to which share of the last epoch's it should fall
+    rho_step: int = 10  # epochs between two updates of rho
 
 
 @dataclass
@@ -99,18 +136,22 @@ class TrainConfig:
     """Everything that defines a training run."""
 
     method: str = "calsam"
-    loss: str = "sam"  # the task loss, a registered name
+    loss: str = ""  # the task loss, e.g. "sam + 0.1*mbls_penalty(margin=5)" (losses/expression.py); empty: sam
     protocol: str = "gt_points"  # prompts: gt_points or gt_box
     seed: int = 42
     steps: int = 2000
-    batch_size: int = 16
+    batch_size: int = 16  # slices per step, over all devices
+    microbatch: int = 0  # slices that a device takes at once, for less memory; 0: all of its share
     log_every: int = 10
     validate_every: int = 500
     save_every: int = 500
+    export: str = "last"  # which parameters become the model: last, or best (lowest validation loss that was saved)
+    tensorboard: bool = False  # also write the log for TensorBoard (pip install 'calsegx[tensorboard]')
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     fisher: FisherConfig = field(default_factory=FisherConfig)
     cmp: CmpConfig = field(default_factory=CmpConfig)
+    crac: CracConfig = field(default_factory=CracConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -124,10 +165,14 @@ def validate(config: TrainConfig) -> None:
     _one_of("protocol", config.protocol, PROTOCOLS)
     _one_of("data.domain", config.data.domain, ("scanner", "centre"))
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    _one_of("export", config.export, ("last", "best"))
     _validate_fisher(config)
-    for name in ("steps", "batch_size", "log_every", "validate_every", "save_every", "data.views"):
+    _validate_crac(config)
+    at_least_one = ("steps", "batch_size", "log_every", "validate_every", "save_every", "data.views", "model.shards")
+    for name in at_least_one:
         _at_least(config, name, 1)
-    _at_least(config, "model.encoder_batch", 0)
+    for name in ("model.encoder_batch", "microbatch"):
+        _at_least(config, name, 0)
     for name in ("seed", "fisher.weight", "cmp.weight", "optimizer.clip_norm", "data.rotation_degrees"):
         _at_least(config, name, 0)
     for name in ("optimizer.learning_rate", "cmp.temperature"):
@@ -159,16 +204,47 @@ def _validate_fisher(config: TrainConfig) -> None:
     _at_least(config, "fisher.every", 1)
     if not 0 <= fisher.warmup_fraction <= 1:
         raise UsageError(f"--config.fisher.warmup_fraction={fisher.warmup_fraction} must be from 0 to 1.")
-    if fisher.remat and fisher.reading == "centered":
+    if METHODS[config.method].fisher and config.microbatch and fisher.reading == "centered":
         raise UsageError(
-            "--config.fisher.remat takes slice after slice, but --config.fisher.reading='centered' needs the mean over "
-            "all of them; leave one out."
+            "--config.microbatch takes the batch apart, but --config.fisher.reading='centered' needs the mean over "
+            "all of it; leave one out."
         )
     if fisher.labels == "sampled" and fisher.mode in ("finite_difference", "perturbed"):
         raise UsageError(
             f"--config.fisher.labels='sampled' would draw other labels at the shifted features of "
             f"--config.fisher.mode={fisher.mode!r}; use exact, stochastic or every_k."
         )
+
+
+def _validate_crac(config: TrainConfig) -> None:
+    crac = config.crac
+    for name, allowed in CRAC_CHOICES.items():
+        _one_of(f"crac.{name}", getattr(crac, name), allowed)
+    for name in ("crac.rho_step", "crac.growth"):
+        _at_least(config, name, 1)
+    for name in ("crac.margin", "crac.improvement"):
+        _at_least(config, name, 0)
+    if crac.size < 3 or crac.size % 2 == 0:
+        raise UsageError(f"--config.crac.size={crac.size} must be an odd number of at least 3.")
+    for name, lowest, highest in (
+        ("multiplier", crac.multiplier, crac.highest_multiplier),
+        ("rho", crac.rho, crac.highest_rho),
+    ):
+        if not 0 < lowest <= highest < math.inf:
+            raise UsageError(
+                f"--config.crac.{name}={lowest} must be above 0 and at most --config.crac.highest_{name}={highest}."
+            )
+
+
+def lagrangian_options(config: TrainConfig) -> dict[str, Any]:
+    """The keyword arguments that ``augmented_lagrangian.crac`` and ``sums`` share."""
+    return {name: getattr(config.crac, name) for name in ("function", "constraint", "margin", "size", "border")}
+
+
+def loss_expressions(config: TrainConfig, num_classes: int) -> tuple[str, str]:
+    """The task loss and the penalised loss of a run, with the defaults in place of what is empty."""
+    task = config.loss or ("ce" if METHODS[config.method].lagrangian else "sam")
+    return task, config.fisher.loss or ("bce" if num_classes == 1 else "ce")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import numpy as np
 
 Array = Any  # a numpy or a jax array
 Params = Mapping[str, Any]  # a nested dict of arrays
+# (path of a part of the parameters, the part, the array it is about to be used with) -> the part, whole
+Whole = Callable[[tuple[str, ...], Any, Array], Any]
 
 
 class InputError(Exception):
@@ -129,3 +131,5 @@ class Backbone:
     encode: Callable[[Params, Array], Array]  # (encoder, images [B, S, S, 3] normalised) -> [B, h, w, C]
     decode: Callable[[Params, Params, Array, Prompts], Array]  # (trainable, frozen, z, prompts) -> [B, Hl, Wl, L]
     zero_shot: Callable[[Params, Array, Prompts], Array] | None = None  # (frozen, z, prompts) -> [B, Hl, Wl, 1]
+    # encode for an encoder whose parameters are stored in parts: it calls Whole for every part when its turn comes
+    encode_in_parts: Callable[[Params, Array, Whole], Array] | None = None

@@ -9,20 +9,20 @@ from calsegx import sharding
 from calsegx.interfaces import UsageError
 
 
-def test_mesh_has_one_auto_axis():
-    mesh = sharding.data_mesh()
-    assert mesh.axis_names == ("data",)
-    assert mesh.axis_types == (AxisType.Auto,)
+def test_mesh_has_two_auto_axes():
+    mesh = sharding.device_mesh()
+    assert mesh.axis_names == ("data", "model")
+    assert mesh.axis_types == (AxisType.Auto,) * 2
     assert mesh.size == len(jax.devices())
-    assert sharding.data_mesh(jax.devices()[:1]).size == 1
+    assert sharding.device_mesh(jax.devices()[:1]).size == 1
 
 
 def test_shardings_of_trees():
-    mesh = sharding.data_mesh(jax.devices()[:1])
+    mesh = sharding.device_mesh(jax.devices()[:1])
     tree = {"a": np.ones((4, 3)), "b": None}
     whole, split = sharding.replicate(mesh, tree), sharding.shard_batch(mesh, tree)
     assert whole["a"].sharding.spec == PartitionSpec()
-    assert split["a"].sharding.spec == PartitionSpec("data")
+    assert split["a"].sharding.spec == PartitionSpec(("data", "model"))
     assert split["b"] is None
 
 

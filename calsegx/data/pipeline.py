@@ -1,11 +1,11 @@
-"""Training batches from the feature cache: a deterministic grain pipeline whose position is a few integers.
+"""Training batches from the feature cache: a deterministic grain pipeline whose position is the number of the step.
 
 source (cached slices) -> seed -> shuffle (anew every epoch) -> one of the slice's views at random -> repeat
--> batch.
+-> the share of this process -> batch -> from the step where the run goes on.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -67,54 +67,83 @@ def protocol_prompts(prompts: Prompts, protocol: str) -> Prompts:
     return chosen
 
 
-def training_batches(
+class Place(NamedTuple):
+    """Where a training sample lies in the cache."""
+
+    case_id: str
+    view: str
+    position: int
+
+
+class TrainingData(NamedTuple):
+    """The order of the training samples, as a function of the arguments of ``training_data`` alone."""
+
+    places: Any  # grain.MapDataset of lists of ``Place``, one list per step: this process's share of the batch
+    read: Callable[[Place], Batch]
+    steps_per_epoch: int
+
+    def batches(self, start: int) -> grain.IterDataset:
+        """An endless stream of ``Batch``es of numpy arrays, the first of them that of step ``start + 1``.
+
+        ``features [b, h, w, C]`` bfloat16, ``labels [b, Hl, Wl]`` int32 and ``prompts`` of the protocol, ``b`` this
+        process's share of the batch.  Every slice is seen once per epoch.  Raises InputError while reading, when a
+        view is damaged or holds no labels.
+        """
+        return (
+            self.places[start:].map(lambda places: _stack([self.read(p) for p in places])).to_iter_dataset(READ_OPTIONS)
+        )
+
+
+def training_data(
     cache: features.FeatureCache,
     case_ids: Sequence[str],
     views: Sequence[str],
     batch_size: int,
     seed: int,
     protocol: str,
-) -> grain.IterDataset:
-    """An endless, shuffled stream of ``Batch``es of numpy arrays.
-
-    Every slice is seen once per epoch, in a new order and in a randomly chosen view.  The stream is a
-    function of the arguments alone, and its iterator's state resumes it exactly.
+    *,
+    share: tuple[int, int] = (0, 1),
+    paired: bool = False,
+) -> TrainingData:
+    """What is trained on, in which order.
 
     Args:
         cache: holds every view of every case.
         case_ids: the cases to draw from.
         views: e.g. ``["view0", "view1"]``.
-        batch_size: slices per batch; batches are always full.
+        batch_size: slices per batch, over all processes; batches are always full.
         seed: of the order and of the choice of views.
         protocol: which prompts the model sees, ``gt_points`` or ``gt_box``.
-
-    Returns:
-        ``features [B, h, w, C]`` bfloat16, ``labels [B, Hl, Wl]`` int32 and ``prompts`` of the protocol.
+        share: which process of how many this is.  Together they see the batches that one process would see.
+        paired: every slice comes as two samples, one after the other, in two of its views (``losses.consistency``).
 
     Raises:
-        UsageError: when there are fewer slices than one batch needs.
-        InputError: when a view is missing or damaged, or holds no labels (the latter two while reading).
+        UsageError: when there are fewer slices than one batch needs, or slices without a second view for ``paired``.
+        InputError: when a view is missing.
     """
     source = _Source(cache, case_ids, views)
-    if len(source) < batch_size:
+    each = 2 if paired else 1
+    if len(source) * each < batch_size:
         raise UsageError(
-            f"--config.batch_size={batch_size} is more than the {len(source)} training slices of "
+            f"--config.batch_size={batch_size} is more than the {len(source) * each} training slices of "
             f"{len(case_ids)} cases; make it smaller or add cases."
         )
+    if paired and min(len(source[index].places) for index in range(len(source))) < 2:
+        raise UsageError("A loss of paired views needs two views of every slice; set --config.data.views=2 or more.")
 
-    def read(record: _Slice, rng: np.random.Generator) -> Batch:
-        view, position = record.places[rng.integers(len(record.places))]
-        return _one(cache, record.case_id, view, position, protocol)
+    def choose(record: _Slice, rng: np.random.Generator) -> list[Place]:
+        chosen = rng.choice(len(record.places), each, replace=False) if paired else [rng.integers(len(record.places))]
+        return [Place(record.case_id, *record.places[index]) for index in chosen]
 
-    return (
-        grain.MapDataset.source(source)
-        .seed(seed)
-        .shuffle()
-        .random_map(read)
-        .repeat()
-        .batch(batch_size, drop_remainder=True)
-        .to_iter_dataset(READ_OPTIONS)
-    )
+    index, count = share
+    slices = batch_size // each
+    order = grain.MapDataset.source(source).seed(seed).shuffle().random_map(choose).repeat()
+    batches = order.slice(slice(index, None, count)).batch(slices // count, batch_fn=_flatten)
+    return TrainingData(batches, lambda place: _one(cache, place, protocol), len(source) // slices)
+
+
+def _flatten(groups: Sequence[Sequence[Place]]) -> list[Place]:
+    return [place for group in groups for place in group]
 
 
 def evaluation_batches(
@@ -123,12 +152,14 @@ def evaluation_batches(
     batch_size: int,
     protocol: str,
     maximum: int,
+    share: tuple[int, int] = (0, 1),
 ) -> list[tuple[Batch, int]]:
     """At most ``maximum`` batches of unaugmented slices, drawn evenly from the cases; always the same ones.
 
     Returns:
-        Pairs of a batch and the number of its slices that count: the last batch may be filled up with
-        repetitions of its last slice, so that every batch has the same shape.
+        Pairs of a batch (the rows that ``share``, process of how many, has of it) and the number of slices of the whole
+        batch that count: the last batch may be filled up with repetitions of its last slice, so that every batch has
+        the same shape.
 
     Raises:
         InputError: when a view is missing or damaged, or holds no labels.
@@ -139,17 +170,24 @@ def evaluation_batches(
     batches = []
     for start in range(0, len(order), batch_size):
         chosen = [source[index] for index in order[start : start + batch_size]]
-        items = [_one(cache, record.case_id, *record.places[0], protocol) for record in chosen]
-        filled = items + [items[-1]] * (batch_size - len(items))
-        batches.append((_stack(filled), len(items)))
+        filled = chosen + [chosen[-1]] * (batch_size - len(chosen))
+        places = [Place(record.case_id, *record.places[0]) for record in filled]
+        items = [_one(cache, place, protocol) for place in own_rows(places, share)]
+        batches.append((_stack(items), len(chosen)))
     return batches
 
 
-def _one(cache: features.FeatureCache, case_id: str, view: str, position: int, protocol: str) -> Batch:
-    record = cache.read_slices(case_id, view, int(position))
+def own_rows(rows: Any, share: tuple[int, int]) -> Any:
+    """The part of a whole batch's rows that belongs to process ``share[0]`` of ``share[1]``."""
+    index, count = share
+    return rows[index * len(rows) // count : (index + 1) * len(rows) // count]
+
+
+def _one(cache: features.FeatureCache, place: Place, protocol: str) -> Batch:
+    record = cache.read_slices(place.case_id, place.view, int(place.position))
     if record.labels is None:
         raise InputError(
-            f"Case {case_id!r} has no labels in the feature cache {cache.root}; leave it out of the training "
+            f"Case {place.case_id!r} has no labels in the feature cache {cache.root}; leave it out of the training "
             "and validation cases, or add its label file and compute its features again."
         )
     prompts = protocol_prompts(record.prompts, protocol)

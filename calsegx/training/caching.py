@@ -6,6 +6,7 @@ two; the device holds two batches.
 """
 
 import collections
+import functools
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 from calsegx import features, sharding
 from calsegx.data import cases as case_tools
 from calsegx.data import preprocessing
-from calsegx.interfaces import Backbone, Case
+from calsegx.interfaces import Backbone, Case, UsageError
 from calsegx.training import progress as progress_bar
 
 Prepare = Callable[[Case, np.random.Generator | None], "preprocessing.PreparedCase"]
@@ -102,6 +103,7 @@ def fill_cache(
     batch_size: int,
     mesh: Mesh,
     progress: bool = True,
+    between: Callable[[], None] = lambda: None,
 ) -> CacheCounts:
     """Encode every slice of every view that the cache does not hold yet.
 
@@ -117,8 +119,9 @@ def fill_cache(
         seed: of the augmentation.
         num_classes: classes without the background.
         batch_size: slices per encoder call, see ``encoder_batch``; 0: automatic.
-        mesh: the devices.
+        mesh: the devices, all of this process.
         progress: whether to print the size, and a progress bar.
+        between: called before every batch; it may raise, and views that are written are kept.
 
     Returns:
         How many views were computed and how many were present.
@@ -132,6 +135,11 @@ def fill_cache(
         return CacheCounts(0, present, 0)
     encode = case_encoder(backbone, batch_size, mesh)
     slices = 0
+
+    def check() -> None:
+        between()
+        writer.check()
+
     with (
         progress_bar.Progress("Encoding", len(jobs), "views", quiet=not progress) as bar,
         futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as reader,
@@ -144,7 +152,7 @@ def fill_cache(
             writer.submit(
                 job.case.case_id,
                 job.view,
-                features=encode(prepared.case, writer.check),
+                features=encode(prepared.case, check),
                 labels=prepared.labels,
                 slices=prepared.case.slices,
                 prompts=prepared.case.prompts,
@@ -208,16 +216,18 @@ def case_encoder(backbone: Backbone, batch_size: int, mesh: Mesh) -> Callable[..
     the host, and no more than ``IN_FLIGHT`` are on the device.  ``between`` is called before each batch; it may raise.
     """
     batch_size = encoder_batch(batch_size, backbone.feature_shape, mesh)
-    params = sharding.replicate(mesh, backbone.encoder)
-    whole, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
+    split = sharding.batch_sharded(mesh)
+    place, forward = _placed(backbone, mesh)
+    params = jax.device_put(backbone.encoder, place)
     # A view per device: the compiler would gather the whole batch where the encoder loops over blocks of it.
     per_device = jax.shard_map(
-        lambda params, frames: backbone.encode(params, frames).astype(jnp.bfloat16),
+        lambda params, frames: forward(params, frames).astype(jnp.bfloat16),
         mesh=mesh,
-        in_specs=(whole.spec, split.spec),
+        in_specs=(jax.tree.map(lambda leaf: leaf.spec, place), split.spec),
         out_specs=split.spec,
+        check_vma=False,
     )
-    compiled = jax.jit(per_device, in_shardings=(whole, split), out_shardings=split)
+    compiled = jax.jit(per_device, in_shardings=(place, split), out_shardings=split)
 
     def start(prepared: "preprocessing.PreparedCase", first: int) -> jax.Array:
         images = prepared.images[first : first + batch_size]
@@ -239,6 +249,28 @@ def case_encoder(backbone: Backbone, batch_size: int, mesh: Mesh) -> Callable[..
         return encoded
 
     return encode
+
+
+def _placed(backbone: Backbone, mesh: Mesh) -> tuple[Any, Callable[[Any, Any], Any]]:
+    """Where the encoder's parameters lie on the mesh, and ``(params, frames) -> features`` of parameters that lie so.
+
+    Raises:
+        UsageError: where they are to be stored in parts and the backbone cannot use them so.
+    """
+    if mesh.shape["model"] == 1:
+        return jax.tree.map(lambda leaf: sharding.replicated(mesh), backbone.encoder), backbone.encode
+    in_parts = backbone.encode_in_parts
+    if in_parts is None:
+        raise UsageError(
+            f"The backbone {backbone.name!r} cannot store its encoder in parts; set --config.model.shards=1."
+        )
+    place = sharding.split_parameters(mesh, backbone.encoder)
+
+    def whole(path: tuple[str, ...], part: Any, after: Any) -> Any:
+        placements = functools.reduce(lambda level, name: level[name], path, place)
+        return sharding.gather(part, placements, after)
+
+    return place, lambda params, frames: in_parts(params, frames, whole)
 
 
 def _copy(rows: np.ndarray, batch: jax.Array) -> None:

@@ -1,6 +1,6 @@
 """What training carries from step to step, and the optimizer."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from calsegx import configs, sharding
 from calsegx.interfaces import Params
+from calsegx.losses import augmented_lagrangian
 
 
 class TrainState(NamedTuple):
@@ -18,6 +19,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # steps done
     params: Params  # the decoder
     opt_state: optax.OptState
+    lagrangian: Any = None  # the multipliers of CRaC (``augmented_lagrangian.State``); None: the method has none
 
 
 def learning_rate(config: configs.TrainConfig) -> optax.Schedule:
@@ -33,13 +35,38 @@ def make_optimizer(config: configs.TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm), adam)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_lagrangian(config: configs.TrainConfig, classes: int) -> augmented_lagrangian.State:
+    """CRaC's multipliers before the first epoch."""
+    return augmented_lagrangian.init(classes, multiplier=config.crac.multiplier, rho=config.crac.rho)
+
+
+def update_lagrangian(
+    config: configs.TrainConfig, state: augmented_lagrangian.State, sums: augmented_lagrangian.Sums
+) -> augmented_lagrangian.State:
+    """CRaC's multipliers after an epoch, from the ``sums`` over the validation slices."""
+    crac = config.crac
+    return augmented_lagrangian.update(
+        state,
+        sums,
+        average=crac.average,
+        multiplier_range=(crac.multiplier, crac.highest_multiplier),
+        rho_range=(crac.rho, crac.highest_rho),
+        growth=crac.growth,
+        improvement=crac.improvement,
+        rho_step=crac.rho_step,
+    )
+
+
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, lagrangian: Any = None
+) -> TrainState:
     """The state at step 0, on every device of the mesh.
 
     ``params`` are copied: the train step donates its state, and the caller's arrays must outlive it.
     """
     params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
-    return sharding.replicate(mesh, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)))
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), lagrangian)
+    return sharding.replicate(mesh, state)
 
 
 def abstract_state(state: TrainState) -> TrainState:

@@ -1,21 +1,24 @@
 """One training step: task loss, confidence penalty and Fisher penalty of a frozen-encoder decoder, then Adam.
 
-``total = mean_i(task_i + cmp.weight * cmp_i) + fisher.weight * s(t) * penalty``, ``s`` the linear warm-up of the
-Fisher weight; which terms are on is the method's choice (``configs.METHODS``).
+``total = mean_i(task_i + cmp.weight * cmp_i + crac_i) + fisher.weight * s(t) * penalty``, ``s`` the linear warm-up of
+the Fisher weight; which terms are on is the method's choice (``configs.METHODS``).
+
+Every device takes its own share of the batch, ``microbatch`` slices at a time where asked; what crosses devices is the
+mean of the gradients and of the measurements, at the end, and nothing else.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from calsegx import configs, sharding
 from calsegx.interfaces import Batch, Loss, Params, Prompts, UsageError
-from calsegx.losses import fisher
+from calsegx.losses import augmented_lagrangian, fisher
 from calsegx.training import state as train_state
 
 Decode = Callable[[Params, Params, Array, Prompts], Array]
@@ -23,12 +26,23 @@ Measurements = dict[str, Float[Array, ""]]
 Terms = dict[str, Float[Array, " B"]]
 
 
+class TaskLoss(Protocol):
+    """A loss whose weights may change during training; ``progress`` is the share of the steps that is done."""
+
+    def __call__(self, logits: Array, labels: Array, progress: Array, /) -> Array:  # noqa: D102
+        ...
+
+
+class Objective(NamedTuple):
+    """What is minimised."""
+
+    task: TaskLoss
+    penalised: Loss  # whose feature gradient the Fisher penalty measures, usually the voxel-mean cross-entropy
+    confidence: Loss | None = None  # added with ``config.cmp.weight``
+
+
 def make_loss_fn(
-    decode: Decode,
-    task_loss: Loss,
-    penalised_loss: Loss,
-    confidence_loss: Loss | None,
-    config: configs.TrainConfig,
+    decode: Decode, objective: Objective, config: configs.TrainConfig
 ) -> Callable[..., tuple[Terms, Float[Array, " B"]]]:
     """The loss function of ``fisher.value_and_grad``: one decoder pass gives every term.
 
@@ -36,15 +50,15 @@ def make_loss_fn(
 
     Args:
         decode: ``Backbone.decode``.
-        task_loss: what is minimised.
-        penalised_loss: whose feature gradient the Fisher penalty measures (voxel-mean cross-entropy).
-        confidence_loss: added with ``config.cmp.weight``; None: not added.
+        objective: its confidence term may be None: not added.
         config: of the run.
 
     Returns:
-        ``(params, features, frozen, labels, prompts, keys) -> ({"task": [B], "cmp": [B]}, penalised [B])``; ``cmp``
-        is already weighted, ``keys [B]`` are of the sampled labels.
+        ``(params, features, frozen, labels, prompts, keys, progress, lagrangian) -> ({"task": [B], "cmp": [B], "crac":
+        [B]}, penalised [B])``; ``cmp`` is already weighted, ``keys [B]`` are of the sampled labels, ``lagrangian`` is
+        the state of CRaC's multipliers, or None.
     """
+    options = configs.lagrangian_options(config)
 
     def loss_fn(
         params: Params,
@@ -53,16 +67,20 @@ def make_loss_fn(
         labels: Int[Array, "B H W"],
         prompts: Prompts,
         keys: Key[Array, " B"] | None = None,
+        progress: Float[Array, ""] | float = 0.0,
+        lagrangian: augmented_lagrangian.State | None = None,
     ) -> tuple[Terms, Float[Array, " B"]]:
         logits = decode(params, frozen, features, prompts)
-        terms = {"task": task_loss(logits, labels)}
-        if confidence_loss is not None:
-            terms["cmp"] = config.cmp.weight * confidence_loss(logits, labels)
+        terms = {"task": objective.task(logits, labels, jnp.asarray(progress))}
+        if objective.confidence is not None:
+            terms["cmp"] = config.cmp.weight * objective.confidence(logits, labels)
+        if lagrangian is not None:
+            terms["crac"] = augmented_lagrangian.crac(logits, labels, lagrangian, **options)
         if config.fisher.labels == "sampled":
             if keys is None:
                 raise UsageError("Sampled labels (--config.fisher.labels) need the argument keys, one per sample.")
             labels = fisher.sample_labels(keys, logits)
-        return terms, penalised_loss(logits, labels)
+        return terms, objective.penalised(logits, labels)
 
     return loss_fn
 
@@ -76,9 +94,7 @@ def warmup(config: configs.TrainConfig, step: Int[Array, ""]) -> Float[Array, ""
 def make_train_step(
     decode: Decode,
     frozen: Params,
-    task_loss: Loss,
-    penalised_loss: Loss,
-    confidence_loss: Loss | None,
+    objective: Objective,
     config: configs.TrainConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -88,49 +104,55 @@ def make_train_step(
     Args:
         decode: ``Backbone.decode``.
         frozen: parameters that are not trained; an argument of the compiled step, not constants inside it.
-        task_loss: one value per sample.
-        penalised_loss: see ``make_loss_fn``.
-        confidence_loss: used where the method has the confidence penalty and its weight is not 0.
+        objective: its confidence term is used where the method has one and its weight is not 0.
         config: of the run.
         optimizer: from ``state.make_optimizer``.
-        mesh: with an axis ``data``; states are replicated, batches split.
+        mesh: of ``sharding.device_mesh``; states are replicated, batches split.
 
     Returns:
         ``(state, batch) -> (state, measurements)``. The old state is donated: its arrays are gone afterwards. Where
         ``fisher.usable`` refuses the measurements (something is not finite), parameters and optimiser stay as they were
         and ``step`` becomes -1, with which no later step trains either. Measurements, float32 scalars: ``loss``
         (without the Fisher penalty), ``task``, ``gradient_norm`` (before clipping), ``learning_rate``; with the
-        confidence penalty ``cmp`` (without its weight); with the Fisher penalty ``penalty`` and ``ratio``
-        (penalty over loss), both without the weight, ``feature_gradient_norm`` and, of ``perturbed``, ``shift``.
-
-    Raises:
-        UsageError: for ``config.fisher.remat`` on more than one device, and for the mode ``stochastic`` there, except
-            with the reading ``centered``, which leaves the batch whole.
+        confidence penalty ``cmp`` (without its weight); of CRaC ``crac``; with the Fisher penalty ``penalty`` and
+        ``ratio`` (penalty over loss), both without the weight, ``feature_gradient_norm`` and, of ``perturbed``,
+        ``shift``.  The function's ``lower(state, batch)`` is that of ``jax.jit``; it takes abstract arrays.
     """
-    with_fisher, with_confidence = configs.METHODS[config.method]
-    if with_fisher and config.fisher.remat and mesh.size > 1:
-        raise UsageError(
-            f"--config.fisher.remat takes slice after slice, which would leave {mesh.size - 1} of {mesh.size} devices "
-            "idle; leave it out, or train on one device."
-        )
-    if with_fisher and config.fisher.mode == "stochastic" and config.fisher.reading != "centered" and mesh.size > 1:
-        raise UsageError(
-            f"--config.fisher.mode='stochastic' takes the batch apart, for which each of {mesh.size} devices would "
-            "compute all of it; use --config.fisher.mode=every_k, or train on one device."
-        )
+    with_fisher, with_confidence, _ = configs.METHODS[config.method]
+    with_fisher = with_fisher and config.fisher.weight > 0
     with_confidence = with_confidence and config.cmp.weight > 0
-    loss_fn = make_loss_fn(decode, task_loss, penalised_loss, confidence_loss if with_confidence else None, config)
+    if not with_confidence:
+        objective = objective._replace(confidence=None)
+    # Its mean gradient ties all samples together: the compiler splits the step then, not we.
+    whole_batch = with_fisher and config.fisher.reading == "centered"
     value_and_grad = fisher.value_and_grad(
-        loss_fn,
+        make_loss_fn(decode, objective, config),
         weight=config.fisher.weight if with_fisher else 0.0,
         mode=config.fisher.mode,
         reading=config.fisher.reading,
         normalisation=config.fisher.normalisation,
         fraction=config.fisher.fraction,
         every=config.fisher.every,
-        remat=config.fisher.remat,
+        microbatch=config.microbatch,
         batched_args=(1, 2, 3),
+        axis_name=() if whole_batch else sharding.AXES,
     )
+
+    def gradients(
+        state: train_state.TrainState, frozen: Params, batch: Batch, keys: Key[Array, " B"] | None, rng: Key[Array, ""]
+    ) -> tuple[Measurements, Params]:
+        arguments = frozen, batch.labels, batch.prompts, keys, state.step / config.steps, state.lagrangian
+        scale = warmup(config, state.step)
+        (_, measurements), found = value_and_grad(
+            state.params, batch.features, *arguments, weight_scale=scale, rng=rng, step=state.step
+        )
+        return measurements, found
+
+    if not whole_batch:
+        one, share = PartitionSpec(), PartitionSpec(sharding.AXES)
+        gradients = jax.shard_map(
+            gradients, mesh=mesh, in_specs=(one, one, share, share, one), out_specs=one, check_vma=False
+        )
     schedule = train_state.learning_rate(config)
 
     def step(
@@ -138,43 +160,64 @@ def make_train_step(
     ) -> tuple[train_state.TrainState, Measurements]:
         subset_key, label_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         sampled = config.fisher.labels == "sampled"
-        (_, measurements), gradients = value_and_grad(
-            state.params,
-            batch.features,
-            frozen,
-            batch.labels,
-            batch.prompts,
-            jax.random.split(label_key, batch.features.shape[0]) if sampled else None,
-            weight_scale=warmup(config, state.step),
-            rng=subset_key,
-            step=state.step,
-        )
+        keys = jax.random.split(label_key, batch.features.shape[0]) if sampled else None
+        measurements, found = gradients(state, frozen, batch, keys, subset_key)
         if with_confidence:
             measurements["cmp"] = measurements["cmp"] / config.cmp.weight
         measurements["learning_rate"] = jnp.asarray(schedule(state.step))
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(found, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        new = train_state.TrainState(state.step + 1, params, opt_state)
+        new = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
         usable = fisher.usable(measurements) & (state.step >= 0)
         new = jax.tree.map(lambda after, before: jnp.where(usable, after, before), new, state)
         return new._replace(step=jnp.where(usable, new.step, -1)), measurements
 
     whole, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
     compiled = jax.jit(step, in_shardings=(whole, whole, split), out_shardings=(whole, whole), donate_argnums=(0,))
-    frozen = sharding.replicate(mesh, frozen)
-    return lambda state, batch: compiled(state, frozen, batch)
+    return _Bound(compiled, sharding.replicate(mesh, frozen))
+
+
+class _Bound:
+    """A compiled step with the frozen parameters as its second argument."""
+
+    def __init__(self, compiled: Any, frozen: Params):
+        self._compiled, self._frozen = compiled, frozen
+
+    def __call__(self, state: Any, batch: Batch) -> Any:
+        return self._compiled(state, self._frozen, batch)
+
+    def lower(self, state: Any, batch: Batch) -> Any:
+        return self._compiled.lower(state, self._frozen, batch)
 
 
 def make_eval_step(
-    decode: Decode, frozen: Params, task_loss: Loss, mesh: Mesh
+    decode: Decode, frozen: Params, task_loss: TaskLoss, mesh: Mesh
 ) -> Callable[[Params, Batch], Float[Array, " B"]]:
-    """Compile ``(params, batch) -> task loss of every sample [B]``, for the validation loss."""
+    """Compile ``(params, batch) -> task loss of every sample [B]``, for the validation loss; weights as at the end."""
 
     def step(params: Params, frozen: Params, batch: Batch) -> Float[Array, " B"]:
         features = batch.features.astype(jnp.float32)
-        return task_loss(decode(params, frozen, features, batch.prompts), batch.labels)
+        return task_loss(decode(params, frozen, features, batch.prompts), batch.labels, jnp.ones(()))
 
+    return _evaluation(step, frozen, mesh)
+
+
+def make_constraint_step(
+    decode: Decode, frozen: Params, config: configs.TrainConfig, mesh: Mesh
+) -> Callable[[train_state.TrainState, tuple[Batch, Float[Array, " B"]]], Any]:
+    """Compile ``(state, (batch, counts [B])) -> sums`` of CRaC's constraints; ``counts`` is 0 for what fills up."""
+    options = configs.lagrangian_options(config)
+
+    def step(state: train_state.TrainState, frozen: Params, batch: tuple[Batch, Float[Array, " B"]]) -> Any:
+        slices, counts = batch
+        logits = decode(state.params, frozen, slices.features.astype(jnp.float32), slices.prompts)
+        each = jax.vmap(lambda z, y: augmented_lagrangian.sums(z[None], y[None], state.lagrangian, **options))
+        return jax.tree.map(lambda sums: jnp.tensordot(counts, sums, axes=1), each(logits, slices.labels))
+
+    return _evaluation(step, frozen, mesh)
+
+
+def _evaluation(step: Callable[..., Any], frozen: Params, mesh: Mesh) -> Callable[..., Any]:
     whole, split = sharding.replicated(mesh), sharding.batch_sharded(mesh)
     compiled = jax.jit(step, in_shardings=(whole, whole, split), out_shardings=whole)
-    frozen = sharding.replicate(mesh, frozen)
-    return lambda params, batch: compiled(params, frozen, batch)
+    return _Bound(compiled, sharding.replicate(mesh, frozen))

@@ -21,7 +21,7 @@ from tests.training import toy
 
 @pytest.fixture(scope="module")
 def mesh():
-    return sharding.data_mesh(jax.devices()[:1])
+    return sharding.device_mesh(jax.devices()[:1])
 
 
 @pytest.fixture

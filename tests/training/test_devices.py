@@ -26,7 +26,7 @@ config.fisher.warmup_fraction = 0.0
 batches = [b for b, _ in pipeline.evaluation_batches(cache, toy.CASES, 8, "gt_points", 2)]
 results = []
 for count in (1, 4):
-    mesh = sharding.data_mesh(jax.devices()[:count])
+    mesh = sharding.device_mesh(jax.devices()[:count])
     optimizer = train_state.make_optimizer(config)
     state = train_state.init_state(backbone.trainable, optimizer, mesh)
     step = train_step.make_train_step(
@@ -66,7 +66,7 @@ prepared = types.SimpleNamespace(
     images=np.random.default_rng(0).uniform(0, 255, (11, 24, 20, 3)).astype(np.float32),
     geometry=preprocessing.frame_geometry((24, 20), (1.0, 1.0), 64, (32, 32)))
 network = sam.backbone.load_backbone(folder, 1)
-one, four = (caching.case_encoder(network, 3, sharding.data_mesh(jax.devices()[:count]))(prepared)
+one, four = (caching.case_encoder(network, 3, sharding.device_mesh(jax.devices()[:count]))(prepared)
              for count in (1, 4))
 assert one.shape == four.shape == (11, *network.feature_shape) and one.dtype == four.dtype == features.BFLOAT16
 assert np.abs(one.astype(np.float32)).mean() > 0.1

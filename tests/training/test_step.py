@@ -1,7 +1,5 @@
 """The train step: its terms, its donation, and that methods differ by exactly the terms that they name."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +16,7 @@ from tests.training import toy
 
 @pytest.fixture(scope="module")
 def mesh():
-    return sharding.data_mesh(jax.devices()[:1])
+    return sharding.device_mesh(jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def build(config, mesh):
     backbone = toy.backbone()
     optimizer = train_state.make_optimizer(config)
     take_step = train_step.make_train_step(
-        backbone.decode, backbone.frozen, *toy.terms(config).values(), config, optimizer, mesh
+        backbone.decode, backbone.frozen, toy.objective(config), config, optimizer, mesh
     )
     return take_step, train_state.init_state(backbone.trainable, optimizer, mesh)
 
@@ -106,7 +104,7 @@ def test_state_is_donated_and_the_backbone_is_not(mesh, batch):
     backbone = toy.backbone()
     optimizer = train_state.make_optimizer(config)
     take_step = train_step.make_train_step(
-        backbone.decode, backbone.frozen, *toy.terms(config).values(), config, optimizer, mesh
+        backbone.decode, backbone.frozen, toy.objective(config), config, optimizer, mesh
     )
     old = train_state.init_state(backbone.trainable, optimizer, mesh)
     new, _ = take_step(old, batch)
@@ -129,7 +127,7 @@ def test_clipping_can_be_switched_off(mesh, batch):
 
 def test_evaluation_is_per_sample(mesh, batch):
     backbone = toy.backbone()
-    evaluate = train_step.make_eval_step(backbone.decode, backbone.frozen, losses.get("sam"), mesh)
+    evaluate = train_step.make_eval_step(backbone.decode, backbone.frozen, toy.objective().task, mesh)
     features = batch.features.astype(jnp.float32)
     logits = backbone.decode(backbone.trainable, backbone.frozen, features, batch.prompts)
     expected = losses.get("sam")(logits, batch.labels)
@@ -143,7 +141,6 @@ def test_evaluation_is_per_sample(mesh, batch):
         {"mode": "stochastic", "fraction": 0.5},
         {"mode": "every_k", "every": 2},
         {"mode": "perturbed", "weight": 1e-3},
-        {"remat": True},
         {"labels": "sampled"},
         {"reading": "centered", "mode": "stochastic"},
     ],
@@ -157,7 +154,7 @@ def test_fisher_options_reach_the_step(changes, mesh, batch):
     names = set(expected) | ({"shift"} if config.fisher.mode == "perturbed" else set())
     assert set(values) == names
     np.testing.assert_allclose(values["loss"], expected["loss"], rtol=1e-5)
-    same = {"mode": "finite_difference"}, {"mode": "every_k", "every": 2}, {"remat": True}
+    same = {"mode": "finite_difference"}, {"mode": "every_k", "every": 2}
     if changes in same:
         np.testing.assert_allclose(values["penalty"], expected["penalty"], rtol=1e-5)
     else:
@@ -165,10 +162,10 @@ def test_fisher_options_reach_the_step(changes, mesh, batch):
     assert (abs(values["penalty"] / expected["penalty"] - 1) > 1e-3) == (
         changes not in same and config.fisher.mode != "perturbed"
     )
-    if changes not in ({"mode": "every_k", "every": 2}, {"remat": True}):
+    if changes != {"mode": "every_k", "every": 2}:
         differs = jax.tree.map(lambda a, b: np.any(a != b), state.params, exact.params)
         assert any(jax.tree.leaves(differs))  # the option was not ignored
-    if changes in ({"mode": "finite_difference"}, {"remat": True}):
+    if changes == {"mode": "finite_difference"}:
         first, second = (jax.tree.leaves(s.opt_state) for s in (state, exact))  # Adam's moments: the gradients
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02 * np.abs(b).max()), first, second
@@ -193,22 +190,25 @@ def test_every_k_penalises_every_second_step_twice(mesh, batch):
     np.testing.assert_allclose(values["gradient_norm"], expected["gradient_norm"], rtol=1e-5)
 
 
-def test_remat_takes_sample_after_sample(mesh, batch):
-    """Its result is that of the plain order, so that only the program shows it: the decoder sees one sample."""
-    seen = set()
+@pytest.mark.parametrize("method", ["sam_ft", "calsam"])
+def test_microbatches_change_nothing_but_what_the_decoder_sees_at_once(method, mesh, batch):
+    seen, results = set(), []
 
     def decode(params, frozen, z, prompts):
         seen.add(z.shape[0])
         return toy.decode(params, frozen, z, prompts)
 
-    for remat, expected in ((True, {1}), (False, {4})):
+    for microbatch, expected in ((0, {4}), (1, {1}), (3, {3, 1})):
         seen.clear()
-        config = toy.config(method="sam_fip", fisher=configs.FisherConfig(remat=remat))
+        config = toy.config(method=method, microbatch=microbatch)
+        config.fisher.warmup_fraction = 0.0
         optimizer, made = train_state.make_optimizer(config), toy.backbone()
-        terms = toy.terms(config).values()
-        take_step = train_step.make_train_step(decode, made.frozen, *terms, config, optimizer, mesh)
-        take_step(train_state.init_state(made.trainable, optimizer, mesh), batch)
+        take_step = train_step.make_train_step(decode, made.frozen, toy.objective(config), config, optimizer, mesh)
+        state, values = take_step(train_state.init_state(made.trainable, optimizer, mesh), batch)
         assert seen == expected
+        results.append((jax.device_get(state.opt_state), jax.device_get(values)))  # Adam's moments: the gradients
+    for other in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), other, results[0])
 
 
 def run(config, mesh, batch):
@@ -247,21 +247,6 @@ def test_no_step_trains_after_a_bad_one(mesh, batch):
     jax.tree.map(np.testing.assert_array_equal, before[1:], jax.device_get(state)[1:])
 
 
-def test_stochastic_wants_one_device():
-    config = toy.config(fisher=configs.FisherConfig(mode="stochastic"))
-    two = types.SimpleNamespace(size=2)
-    with pytest.raises(UsageError, match="each of 2 devices would compute all of it; use .*every_k"):
-        train_step.make_train_step(toy.decode, {}, *toy.terms(config).values(), config, None, two)
-
-
-def test_remat_wants_one_device(mesh):
-    config = toy.config()
-    config.fisher.remat = True
-    two = types.SimpleNamespace(size=2)
-    with pytest.raises(UsageError, match="--config.fisher.remat .* would leave 1 of 2 devices idle"):
-        train_step.make_train_step(toy.decode, {}, *toy.terms(config).values(), config, None, two)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -272,7 +257,6 @@ def test_remat_wants_one_device(mesh):
         ({"fraction": 1.1}, "fisher.fraction=1.1 must"),
         ({"every": 0}, "fisher.every=0 must be a number of at least 1"),
         ({"warmup_fraction": 1.1}, "fisher.warmup_fraction=1.1 must be from 0 to 1"),
-        ({"remat": True, "reading": "centered"}, "fisher.remat takes slice after slice"),
         ({"labels": "sampled", "mode": "perturbed"}, "fisher.labels='sampled' would draw other labels"),
     ],
 )
@@ -281,10 +265,15 @@ def test_bad_fisher_options_are_refused(changes, message):
         configs.validate(toy.config(fisher=configs.FisherConfig(**changes)))
 
 
+def test_centered_cannot_be_taken_apart():
+    with pytest.raises(UsageError, match="--config.microbatch takes the batch apart, but .*centered"):
+        configs.validate(toy.config(microbatch=2, fisher=configs.FisherConfig(reading="centered")))
+
+
 def test_sampled_labels_need_keys():
     config = toy.config()
     config.fisher.labels = "sampled"
-    loss_fn = train_step.make_loss_fn(toy.decode, *toy.terms(config).values(), config)
+    loss_fn = train_step.make_loss_fn(toy.decode, toy.objective(config), config)
     made = toy.backbone()
     features = jnp.ones((1, *made.feature_shape))
     prompts = Prompts(points=jnp.ones((1, 1, 2)), labels=jnp.ones((1, 1)))

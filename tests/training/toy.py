@@ -6,7 +6,8 @@ import numpy as np
 
 from calsegx import configs, features, losses
 from calsegx.interfaces import Backbone, Prompts
-from calsegx.training import loop
+from calsegx.losses import expression
+from calsegx.training import loop, step
 
 IMAGE_SIZE, FEATURES, LOGITS = 32, (8, 8, 8), (16, 16)
 CASES = ("case a", "case-b", "c")
@@ -80,14 +81,10 @@ def config(**changes):
     return made
 
 
-def terms(made=None):
+def objective(made=None, task="sam"):
     made = made or config()
     options = {"threshold": made.cmp.threshold, "temperature": made.cmp.temperature}
-    return {
-        "task_loss": losses.get("sam"),
-        "penalised_loss": losses.get("bce"),
-        "confidence_loss": losses.registry.bind("cmp", options),
-    }
+    return step.Objective(expression.parse(task), losses.get("bce"), losses.registry.bind("cmp", options))
 
 
 def train(made, cache, workdir, mesh, resume=False, **changes):
@@ -101,5 +98,5 @@ def train(made, cache, workdir, mesh, resume=False, **changes):
         mesh=mesh,
         resume=resume,
         metadata={"class_names": ["tumour"], "channels": ["t1", "t2", "flair"]},
-        **{**terms(made), **changes},
+        **{"objective": objective(made), **changes},
     )

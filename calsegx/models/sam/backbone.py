@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from calsegx import models
-from calsegx.interfaces import Backbone, Params, Prompts
+from calsegx.interfaces import Backbone, Params, Prompts, Whole
 from calsegx.models.sam import model, weights
 from calsegx.models.sam.presets import SamConfig
 
@@ -31,6 +31,19 @@ def load_backbone(folder: Path | None, num_classes: int, *, dtype: str = "float3
 
     def encode(encoder: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
         return model.encode(config, encoder, images, dtype=jnp.dtype(dtype))
+
+    def encode_in_parts(encoder: Params, images: Float[Array, "b H W 3"], whole: Whole) -> Float[Array, "b h w c"]:
+        stored = encoder["image_encoder"]
+        path = ("image_encoder",)
+        rest = {name: whole((*path, name), part, images) for name, part in stored.items() if "blocks." not in name}
+        blocks = {name: part for name, part in stored.items() if "blocks." in name}
+        return model.encode(
+            config,
+            {"image_encoder": rest | blocks},
+            images,
+            dtype=jnp.dtype(dtype),
+            whole=lambda name, variables, x: {"params": whole((*path, name), variables["params"], x)},
+        )
 
     def decode(
         trainable: Params, frozen: Params, z: Float[Array, "b h w c"], prompts: Prompts
@@ -61,6 +74,7 @@ def load_backbone(folder: Path | None, num_classes: int, *, dtype: str = "float3
         frozen=frozen,
         trainable=class_decoder(config, params["mask_decoder"], num_classes),
         encode=encode,
+        encode_in_parts=encode_in_parts,
         decode=decode,
         zero_shot=zero_shot,
     )

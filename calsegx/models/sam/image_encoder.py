@@ -1,5 +1,8 @@
 """SAM's image encoder: a ViT with windowed and global attention, and a convolutional neck."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,10 +16,15 @@ EPSILON = 1e-6
 
 
 class ImageEncoder(nn.Module):
-    """``images [B, H, W, 3]`` (normalised, padded) -> ``image_embeddings [B, h, w, out_chans]``."""
+    """``images [B, H, W, 3]`` (normalised, padded) -> ``image_embeddings [B, h, w, out_chans]``.
+
+    ``whole(name, params, x)`` makes a block's parameters whole where they are stored in parts; it is given the block's
+    input, so that it can wait for it.
+    """
 
     config: SamConfig
     dtype: jnp.dtype = jnp.float32
+    whole: Callable[[str, Any, Array], Any] | None = None
 
     @nn.compact
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
@@ -35,12 +43,18 @@ class ImageEncoder(nn.Module):
             x = x + pos_embed.astype(self.dtype)
         for i in range(c.depth):
             window = 0 if i in c.global_attn_indexes else c.window_size
-            x = Block(c, window, self.dtype, name=f"blocks.{i}")(x)
+            x = self._block(f"blocks.{i}", x)(c, window, self.dtype, name=f"blocks.{i}")(x)
         x = x.astype(self.dtype)
         x = nn.Conv(c.out_chans, (1, 1), use_bias=False, dtype=self.dtype, name="neck.0")(x)
         x = layers.layer_norm(x, "neck.1", EPSILON).astype(self.dtype)
         x = nn.Conv(c.out_chans, (3, 3), padding=((1, 1), (1, 1)), use_bias=False, dtype=self.dtype, name="neck.2")(x)
         return layers.layer_norm(x, "neck.3", EPSILON)
+
+    def _block(self, name: str, x: Float[Array, "b h w c"]) -> Any:
+        whole = self.whole
+        if whole is None:
+            return Block
+        return nn.map_variables(Block, "params", trans_in_fn=lambda variables: whole(name, variables, x))
 
 
 class PatchEmbed(nn.Module):

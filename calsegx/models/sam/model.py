@@ -5,6 +5,7 @@ Meta's checkpoint names with flax's words for the leaves (``kernel`` for ``weigh
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -39,7 +40,11 @@ def init(config: SamConfig, rng: Array) -> Params:
 
 
 def encode(
-    config: SamConfig, params: Params, images: Float[Array, "b H W 3"], dtype: jnp.dtype = jnp.float32
+    config: SamConfig,
+    params: Params,
+    images: Float[Array, "b H W 3"],
+    dtype: jnp.dtype = jnp.float32,
+    whole: Callable[[str, Any, Array], Any] | None = None,
 ) -> Float[Array, "b h w c"]:
     """Image embeddings of normalised, padded frames.
 
@@ -50,6 +55,7 @@ def encode(
         params: of the whole SAM; the entry ``image_encoder`` is enough.
         images: sides are multiples of the patch size.
         dtype: what the encoder computes in; with bfloat16, softmax, LayerNorm, GELU and logits stay in float32.
+        whole: for blocks whose parameters are stored in parts, see ``ImageEncoder``.
 
     Raises:
         UsageError: for sides that are not multiples of the patch size.
@@ -59,7 +65,7 @@ def encode(
             f"Frames of {images.shape[1]} x {images.shape[2]} pixels are not whole patches of {config.patch_size}; "
             "pad them (sam.preprocess makes square frames of config.image_size)."
         )
-    return _apply(ImageEncoder(config, dtype), params["image_encoder"], images.astype(dtype))
+    return _apply(ImageEncoder(config, dtype, whole), params["image_encoder"], images.astype(dtype))
 
 
 def decode(
