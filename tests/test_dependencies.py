@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -91,3 +93,24 @@ def test_the_walk_sees_a_violation(tmp_path):
     path = tmp_path / "bad.py"
     path.write_text("import flax.linen as nn\nfrom calsegx import models\n")
     assert list(imports(path)) == ["flax.linen", "calsegx.models"]
+
+
+LIBRARY = """
+import sys
+class Absent:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in ("flax", "torch", "nibabel", "orbax", "grain", "tensorstore"):
+            raise ImportError(f"{name} was imported")
+sys.meta_path.insert(0, Absent)
+import calsegx.calibrators, calsegx.losses, calsegx.metrics, calsegx.uncertainty
+import pkgutil, importlib
+for package in (calsegx.calibrators, calsegx.losses, calsegx.metrics, calsegx.uncertainty):
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+assert "mbls" in calsegx.losses.names() and "dirichlet" in calsegx.calibrators.names()
+"""
+
+
+def test_losses_metrics_and_calibrators_need_no_network_or_file_library():
+    subprocess.run([sys.executable, "-c", LIBRARY], cwd=ROOT, check=True)

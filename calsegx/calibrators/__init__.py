@@ -2,10 +2,11 @@
 
 A calibrator is a registered object with
 
-* ``fit(chunks, *, options) -> params`` (plain JSON values): reads the voxels once, in any chunking, and keeps a uniform
-  sample of at most ``max_voxels``, so memory does not grow with the data.  The region is the caller's: the chunks hold
-  its voxels only, ``(logits [n, L], labels [n])``; a spatial calibrator gets whole images and a mask, ``(logits [n,
-  *spatial, L], labels [n, *spatial], image [n, *spatial, C], region bool [n, *spatial])``.
+* ``fit(logits, labels, *, options) -> params`` (plain JSON values) of arrays, or ``fit(chunks, *, options)`` of a
+  stream of them: reads the voxels once, in any chunking, and keeps a uniform sample of at most ``max_voxels``, so that
+  memory does not grow with the data.  The region is the caller's, who passes its voxels only, ``logits [n, L], labels
+  [n]``; a spatial calibrator gets whole images and a mask, ``logits [n, *spatial, L], labels [n, *spatial], image [n,
+  *spatial, C], region bool [n, *spatial]``.
 * ``apply(params, logits, image=None) -> logits`` of the same shape, numpy or jax.
 * ``spatial``: which of the two it is.
 

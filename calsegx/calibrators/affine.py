@@ -101,14 +101,15 @@ class Vector:
 
     @staticmethod
     def fit(
-        chunks: Iterable[tuple[np.ndarray, np.ndarray]],
+        logits: Float[np.ndarray, "*shape L"] | Iterable[tuple[np.ndarray, np.ndarray]],
+        labels: Integer[np.ndarray, "*shape"] | None = None,
         *,
         max_voxels: int = 100_000,
         seed: int = 0,
         provenance: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """``weight`` and ``bias`` of least negative log-likelihood; arguments and errors as in ``temperature.fit``."""
-        return _fit("vector", chunks, max_voxels, seed, provenance)
+        return _fit("vector", voxels.as_chunks(logits, labels), max_voxels, seed, provenance)
 
     @staticmethod
     def apply(params: Mapping[str, Any], logits: Array, image: Array | None = None) -> Array:
@@ -128,14 +129,15 @@ class Matrix:
 
     @staticmethod
     def fit(
-        chunks: Iterable[tuple[np.ndarray, np.ndarray]],
+        logits: Float[np.ndarray, "*shape L"] | Iterable[tuple[np.ndarray, np.ndarray]],
+        labels: Integer[np.ndarray, "*shape"] | None = None,
         *,
         max_voxels: int = 100_000,
         seed: int = 0,
         provenance: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """``weight`` and ``bias`` of least negative log-likelihood; arguments and errors as in ``temperature.fit``."""
-        return _fit("matrix", chunks, max_voxels, seed, provenance)
+        return _fit("matrix", voxels.as_chunks(logits, labels), max_voxels, seed, provenance)
 
     @staticmethod
     def apply(params: Mapping[str, Any], logits: Array, image: Array | None = None) -> Array:
@@ -152,7 +154,8 @@ class Platt:
 
     @staticmethod
     def fit(
-        chunks: Iterable[tuple[np.ndarray, np.ndarray]],
+        logits: Float[np.ndarray, "*shape L"] | Iterable[tuple[np.ndarray, np.ndarray]],
+        labels: Integer[np.ndarray, "*shape"] | None = None,
         *,
         max_voxels: int = 100_000,
         seed: int = 0,
@@ -163,7 +166,7 @@ class Platt:
         Raises:
             DataError: for more than two classes, and as in ``temperature.fit``.
         """
-        return _fit("platt", map(_log_odds, chunks), max_voxels, seed, provenance)
+        return _fit("platt", map(_log_odds, voxels.as_chunks(logits, labels)), max_voxels, seed, provenance)
 
     @staticmethod
     def apply(params: Mapping[str, Any], logits: Array, image: Array | None = None) -> Array:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Integer
 
 from calsegx import calibrators
 from calsegx.calibrators import affine, voxels
@@ -14,7 +15,8 @@ EPSILON = float(np.finfo(np.float64).eps)
 
 
 def fit(
-    chunks: Iterable[tuple[np.ndarray, np.ndarray]],
+    logits: Float[np.ndarray, "*shape L"] | Iterable[tuple[np.ndarray, np.ndarray]],
+    labels: Integer[np.ndarray, "*shape"] | None = None,
     *,
     odir: float = 0.01,
     intercept: float | None = None,
@@ -32,7 +34,8 @@ def fit(
     the two classes ``[1 - p, p]``.
 
     Args:
-        chunks: ``(logits [n, L], labels [n])``, see ``temperature.fit``; the log-probabilities are theirs.
+        logits: arrays or chunks, see ``temperature.fit``; the log-probabilities are theirs.
+        labels: class indices.
         odir: weight of the off-diagonal entries, >= 0; often chosen from 0.01 to 100.
         intercept: weight of the biases, >= 0; None: as ``odir``.
         reg_norm: divide the weights by their numbers of entries, K (K - 1) and K.
@@ -56,8 +59,9 @@ def fit(
         raise UsageError(f"Dirichlet calibration needs weights of at least 0, got odir={odir}, intercept={intercept}.")
     if not 0 < epsilon < 1:
         raise UsageError(f"Dirichlet calibration needs epsilon between 0 and 1, got {epsilon}.")
-    (logits, labels), seen = voxels.sample((voxels.check(*chunk) for chunk in chunks), max_voxels, seed)
-    features = _log_probabilities(voxels.as_classes(logits), epsilon)
+    checked = (voxels.check(*chunk) for chunk in voxels.as_chunks(logits, labels))
+    (kept, truth), seen = voxels.sample(checked, max_voxels, seed)
+    features = _log_probabilities(voxels.as_classes(kept), epsilon)
     count = features.shape[1]
     penalty = np.full((count, count + 1), odir / (count * (count - 1) if reg_norm else 1))
     penalty[:, -1] = intercept / (count if reg_norm else 1)
@@ -66,8 +70,8 @@ def fit(
     if ref_row:
         start = start - start[-1]
         free[-1] = False
-    weights, reason = affine.minimise(features, labels, start, free, penalty)
-    after = affine.likelihood(features, labels, weights)[0]
+    weights, reason = affine.minimise(features, truth, start, free, penalty)
+    after = affine.likelihood(features, truth, weights)[0]
     return voxels.record(
         "dirichlet",
         {
@@ -77,11 +81,11 @@ def fit(
             "odir": odir,
             "intercept": intercept,
             "epsilon": epsilon,
-            "logits": logits.shape[1],
+            "logits": kept.shape[1],
         },
         reason=reason,
-        nll=(affine.likelihood(features, labels, start)[0], after),
-        voxels=(len(labels), seen),
+        nll=(affine.likelihood(features, truth, start)[0], after),
+        voxels=(len(truth), seen),
         provenance=provenance,
     )
 

@@ -124,7 +124,10 @@ def nll(
 
 
 def fit(
-    chunks: Iterable[Chunk],
+    logits: Array | Iterable[Chunk],
+    labels: Array | None = None,
+    image: Array | None = None,
+    region: Array | None = None,
     *,
     whole_image: bool = False,
     use_image: bool = True,
@@ -143,8 +146,11 @@ def fit(
     they are.  The same seed gives the same result on the same device.
 
     Args:
-        chunks: ``(logits [n, *spatial, L], labels [n, *spatial], image [n, *spatial, C] or None, region bool [n,
-            *spatial])`` with two or three spatial axes.  Read once; images without a voxel in the region are left out.
+        logits: ``[n, *spatial, L]`` with two or three spatial axes; or, without ``labels``, an iterable of chunks
+            ``(logits, labels, image or None, region)``, read once.  Images without a voxel in the region are left out.
+        labels: class indices ``[n, *spatial]``.
+        image: ``[n, *spatial, C]``; None: the logits alone.
+        region: bool ``[n, *spatial]``; None: all voxels.
         whole_image: one temperature per image (IBTS) instead of per voxel (LTS).
         use_image: False predicts from the logits alone.
         leaves: 4, or 2 for the light-weight variant.
@@ -168,6 +174,11 @@ def fit(
             "Local temperature scaling needs 2 or 4 leaves, at least 1 epoch and a positive learning rate, got "
             f"leaves={leaves}, epochs={epochs}, learning_rate={learning_rate}."
         )
+    chunks: Any = logits
+    if labels is not None:
+        inside = np.ones(np.shape(labels), bool) if region is None else np.asarray(region)
+        chunks = [(np.asarray(logits), np.asarray(labels), None if image is None else np.asarray(image), inside)]
+        use_image = use_image and image is not None
     counted = [0]
     (items, _), images_seen = voxels.sample(_rows(chunks, use_image, counted), max_voxels, seed, sized=True)
     images: list[Chunk] = list(items)
@@ -175,9 +186,9 @@ def fit(
     _, reason = temperature.solve(differences)
     before = temperature.likelihood(differences, 1.0)
 
-    logits, _, image, _ = images[0]
-    channels = 0 if image is None else image.shape[-1]
-    weights = initial(logits.shape[-1], channels, logits.ndim - 2, leaves=leaves, original=original, seed=seed)
+    first, _, seen_image, _ = images[0]
+    channels = 0 if seen_image is None else seen_image.shape[-1]
+    weights = initial(first.shape[-1], channels, first.ndim - 2, leaves=leaves, original=original, seed=seed)
     after = before
     if not reason:
         likelihood = functools.partial(nll, whole_image=whole_image, original=original)

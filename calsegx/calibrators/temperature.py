@@ -17,7 +17,8 @@ _BLOCK = 1 << 18  # voxels per evaluation: bounds the temporaries
 
 
 def fit(
-    chunks: Iterable[tuple[np.ndarray, np.ndarray]],
+    logits: Float[np.ndarray, "*shape L"] | Iterable[tuple[np.ndarray, np.ndarray]],
+    labels: Integer[np.ndarray, "*shape"] | None = None,
     *,
     max_voxels: int = 2_000_000,
     seed: int = 0,
@@ -31,7 +32,9 @@ def fit(
     and 1 is returned: the logits stay as they are.
 
     Args:
-        chunks: ``(logits [n, L], labels [n])``; ``L = 1`` is a sigmoid, ``L >= 2`` a softmax.  Read once.
+        logits: ``L = 1`` is a sigmoid, ``L >= 2`` a softmax; or, without ``labels``, an iterable of chunks
+            ``(logits [n, L], labels [n])``, read once.
+        labels: class indices.
         max_voxels: more voxels than this are replaced by a uniform random sample of this size; memory
             grows with it, not with the data.
         seed: of that sample, which does not depend on how the voxels are cut into chunks.
@@ -46,7 +49,9 @@ def fit(
             classes.
         UsageError: for max_voxels below 1.
     """
-    (differences,), seen = voxels.sample(((margins(*chunk),) for chunk in chunks), max_voxels, seed)
+    (differences,), seen = voxels.sample(
+        ((margins(*chunk),) for chunk in voxels.as_chunks(logits, labels)), max_voxels, seed
+    )
     temperature, reason = solve(differences)
     return voxels.record(
         "temperature",

@@ -37,6 +37,16 @@ def check(
     return logits, labels
 
 
+def as_chunks(logits: Any, labels: Any) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Arrays ``logits [*shape, L]`` and ``labels [*shape]`` as one chunk; without labels, ``logits`` are the chunks."""
+    if labels is None:
+        return logits
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    if logits.shape[:-1] != labels.shape:
+        raise DataError(f"A calibrator needs a label for every voxel of the logits {logits.shape}, got {labels.shape}.")
+    return [(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))]
+
+
 def as_classes(logits: Float[np.ndarray, "n L"]) -> Float[np.ndarray, "n K"]:
     """Logits of a softmax: one logit ``z`` becomes ``[0, z]``, as ``sigmoid(z) = softmax([0, z])_1``."""
     if logits.shape[1] > 1:

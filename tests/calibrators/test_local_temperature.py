@@ -205,7 +205,9 @@ def test_bad_input():
 
 def test_registered_with_keyword_only_options():
     for name in calibrators.names():
-        first, *options = inspect.signature(calibrators.get(name).fit).parameters.values()
-        assert first.name == "chunks"
-        assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in options)
-        assert calibrators.get(name).spatial is (name in ("local_temperature", "image_temperature"))
+        parameters = inspect.signature(calibrators.get(name).fit).parameters.values()
+        spatial = calibrators.get(name).spatial
+        assert spatial is (name in ("local_temperature", "image_temperature"))
+        data = ["logits", "labels", "image", "region"] if spatial else ["logits", "labels"]
+        assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == data
+        assert all(p.default is not p.empty for p in parameters if p.kind is p.KEYWORD_ONLY)

@@ -73,3 +73,22 @@ def test_the_test_split_is_refused():
         storage.check_split("test", ["a"], [])
     with pytest.raises(UsageError, match="subjects of the test split: b, c, d and 1 more are in both"):
         storage.check_split("val", iter("abcde"), iter("edcb"))
+
+
+def test_arrays_and_chunks_of_them_are_fitted_alike():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(2, 6, 7, 3)) * 2, rng.integers(0, 3, (2, 6, 7))
+    for name in calibrators.names():
+        fit = calibrators.get(name).fit
+        if name == "platt":
+            logits_of, labels_of = logits[..., :1], np.minimum(labels, 1)
+        else:
+            logits_of, labels_of = logits, labels
+        if calibrators.get(name).spatial:
+            options = {"epochs": 1}
+            chunks = [(logits_of, labels_of, None, np.ones(labels.shape, bool))]
+            whole, streamed = fit(logits_of, labels_of, **options), fit(chunks, use_image=False, **options)
+        else:
+            rows = logits_of.reshape(-1, logits_of.shape[-1])
+            whole, streamed = fit(logits_of, labels_of), fit([(rows, labels_of.ravel())])
+        assert whole == streamed and whole["voxels"] == labels.size
