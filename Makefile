@@ -2,6 +2,7 @@
 #   make demo    the main job on phantoms, from nothing to runs/demo/evaluation/report.html
 #   make test    the whole test suite          make lint    ruff, format check, pyright
 #   make bench   the benchmarks                make setup   only the installation
+#   make gallery the pictures of docs/methods.md
 # Another interpreter or environment: make test PYTHON=python3.13 VENV=.venv-3.13; without torch: make test TORCH=0
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench gallery clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -31,6 +32,10 @@ bench: $(VENV)/.tests-$(TORCH)
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.encoder --models=vit_b
 	$(BIN)/python -m benchmarks.fisher_penalty
+	$(BIN)/python -m benchmarks.metrics
+
+gallery: setup
+	$(BIN)/python docs/gallery.py
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

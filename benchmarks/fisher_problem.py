@@ -116,7 +116,7 @@ def jax_step(problem: Problem, mode: str, dtype: str = "float32") -> Callable[..
 def _options(mode: str) -> dict[str, Any]:
     """Options of ``fisher.value_and_grad`` for a row of the table."""
     if mode == "exact_remat":
-        return {"mode": "exact", "remat": True}
+        return {"mode": "exact", "microbatch": 1}
     if mode == "stochastic":
         return {"mode": mode, "fraction": FRACTION}
     if mode == "every_k":

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from absl import app, flags
@@ -25,6 +25,7 @@ from calsegx import files, memory
 from calsegx.interfaces import InputError
 
 Row = dict[str, Any]
+Key = TypeVar("Key")
 LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before this program adds its own
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -49,16 +50,20 @@ def main(define_flags: Callable[[flags.FlagValues], None], run: Callable[[flags.
     app.run(guarded)
 
 
-def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int, warmups: int = 1) -> dict[str, list[float]]:
+def interleave(
+    functions: Mapping[Key, Callable[[], Any]], rounds: int, warmups: int = 1, pause: float = 0.0
+) -> dict[Key, list[float]]:
     """Seconds of each call, the functions taking turns in an order drawn anew in every round.
 
-    A fixed order would give each function the same predecessor: after PyTorch, OpenMP's threads still spin for a while.
+    A fixed order would give each function the same predecessor: after PyTorch, OpenMP's threads still spin for a while,
+    which matters for calls of milliseconds: let those ``pause``.
 
     Args:
         functions: by name; each blocks until its result is there (``jax.block_until_ready``,
             ``torch.cuda.synchronize``).
         rounds: timed calls of each function.
         warmups: untimed calls of each function before (compilation, autotuning).
+        pause: seconds to sleep before every timed call.
 
     Returns:
         ``{name: [seconds of every round]}``.
@@ -67,10 +72,11 @@ def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int, warmups:
     for _ in range(warmups):
         for name in names:
             functions[name]()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Key, list[float]] = {name: [] for name in names}
     order = random.Random(0)
     for _ in range(rounds):
         for name in order.sample(names, len(names)):
+            time.sleep(pause)
             start = time.perf_counter()
             functions[name]()
             seconds[name].append(time.perf_counter() - start)

@@ -19,7 +19,7 @@ from absl import flags
 from benchmarks import measure
 from calsegx import configs, losses, sharding
 from calsegx.interfaces import Batch, Prompts
-from calsegx.losses import fisher
+from calsegx.losses import expression
 from calsegx.models.sam import backbone
 from calsegx.training import state as train_state
 from calsegx.training import step as train_step
@@ -51,20 +51,23 @@ def example(tiny: Any, batch: int, classes: int) -> Batch:
 
 def rows_of(batch_size: int, classes: int, rounds: int) -> Iterator[measure.Row]:
     """One row per method."""
-    tiny, mesh = backbone.load_backbone(None, classes), sharding.data_mesh()
+    tiny, mesh = backbone.load_backbone(None, classes), sharding.device_mesh()
     batch = sharding.shard_batch(mesh, example(tiny, batch_size, classes))
     penalised = losses.get("bce" if classes == 1 else "ce")
     calls, first, flops = {}, {}, {}
     for method in configs.METHODS:
         config = configs.TrainConfig(method=method, batch_size=batch_size)
         optimizer = train_state.make_optimizer(config)
-        terms = losses.get("sam"), penalised, losses.get("cmp")
-        step = train_step.make_train_step(tiny.decode, tiny.frozen, *terms, config, optimizer, mesh)
-        calls[method] = _Steps(step, train_state.init_state(tiny.trainable, optimizer, mesh), batch)
+        task = expression.parse(configs.loss_expressions(config, classes)[0])
+        objective = train_step.Objective(task, penalised, losses.get("cmp"))
+        lagrangian = train_state.init_lagrangian(config, classes + 1) if configs.METHODS[method].lagrangian else None
+        step = train_step.make_train_step(tiny.decode, tiny.frozen, objective, config, optimizer, mesh)
+        state = train_state.init_state(tiny.trainable, optimizer, mesh, lagrangian)
+        flops[method] = measure.xla_cost(step.lower(state, batch).compile())[0]
+        calls[method] = Steps(step, state, batch)
         start = time.perf_counter()
         calls[method]()
         first[method] = time.perf_counter() - start
-        flops[method] = _flops(tiny, terms, config, batch)
     seconds = measure.interleave(calls, rounds)
     plain = statistics.median(seconds["sam_ft"])
     for method, times in seconds.items():
@@ -84,7 +87,7 @@ def rows_of(batch_size: int, classes: int, rounds: int) -> Iterator[measure.Row]
         }
 
 
-class _Steps:
+class Steps:
     """One training step after the other: the state is donated, so each call needs the last one's."""
 
     def __init__(self, step: Any, state: Any, batch: Batch):
@@ -92,15 +95,6 @@ class _Steps:
 
     def __call__(self) -> None:
         self._state, _ = jax.block_until_ready(self._step(self._state, self._batch))
-
-
-def _flops(tiny: Any, terms: Any, config: configs.TrainConfig, batch: Batch) -> float:
-    """XLA's count for loss and gradients (the optimizer is negligible)."""
-    with_fisher, with_cmp = configs.METHODS[config.method]
-    loss_fn = train_step.make_loss_fn(tiny.decode, terms[0], terms[1], terms[2] if with_cmp else None, config)
-    step = fisher.value_and_grad(loss_fn, weight=config.fisher.weight if with_fisher else 0.0)
-    compiled = jax.jit(step).lower(tiny.trainable, batch.features, tiny.frozen, batch.labels, batch.prompts).compile()
-    return measure.xla_cost(compiled)[0]
 
 
 def run(options: flags.FlagValues) -> None:

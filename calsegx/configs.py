@@ -247,6 +247,11 @@ def loss_expressions(config: TrainConfig, num_classes: int) -> tuple[str, str]:
     return task, config.fisher.loss or ("bce" if num_classes == 1 else "ce")
 
 
+def method_name(config: TrainConfig) -> str:
+    """What a run is called in tables: its method, and after a colon its task loss where it is not the method's own."""
+    return f"{config.method}:{config.loss}" if config.loss else config.method
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON values."""
     return dataclasses.asdict(config)

@@ -6,15 +6,17 @@ Layout of a cache folder::
     <case id>/view0/features/...       zarr3, bfloat16 [n, h, w, C], one chunk per slice, crc32c
     <case id>/view0/labels/...         zarr3, uint8 [n, Hl, Wl], one chunk per slice, crc32c
     <case id>/view0/{slices,points,point_labels,boxes}/...
-    <case id>/view0/done.json          written last: the case's fingerprint and the arrays' shapes
+    <case id>/view0/done.json          written last: the case's fingerprint, the arrays' shapes, and the SHA-256
+                                       of their zarr.json and of itself
 
 TensorStore detects a flipped byte, a truncated chunk and a missing chunk (``fill_missing_data_reads=False``).
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore
 
-from calsegx import configs
+from calsegx import configs, files
 from calsegx.interfaces import InputError, Prompts
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -70,29 +72,20 @@ class FeatureCache:
         path = root / "signature.json"
         wanted = json.loads(json.dumps(signature))
         if path.exists():
-            _check_signature(root, _read_json(path), wanted)
+            _check_signature(root, _read(path, json.loads), wanted)
             return cls(root)
         if root.is_dir() and any(not entry.name.startswith(".") for entry in root.iterdir()):
             raise InputError(
                 f"{root} is not empty and has no signature.json, so it is no feature cache; name an empty or "
                 "a new folder with --config.data.cache."
             )
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            temporary = root / f".signature.json.{os.getpid()}"
-            temporary.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n")
-            os.replace(temporary, path)
-        except OSError as error:
-            raise InputError(
-                f"The feature cache {root} cannot be created ({error.strerror}); name a writable folder with "
-                "--config.data.cache."
-            ) from error
+        files.write_atomically(path, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
         return cls(root)
 
     def has(self, case_id: str, view: str, fingerprint: str) -> bool:
         """Whether the view was written completely, and from this ``fingerprint`` of the case's files."""
         path = self._folder(case_id, view) / "done.json"
-        return path.exists() and _read_json(path)["fingerprint"] == fingerprint
+        return path.exists() and _read(path, files.unseal)["fingerprint"] == fingerprint
 
     def fingerprint(self, case_id: str, view: str) -> str:
         """The fingerprint of the case's files that the view was made from.
@@ -145,8 +138,12 @@ class FeatureCache:
             temporary.mkdir(parents=True)
             for name, array in arrays.items():
                 _write_array(temporary / name, array, per_slice=name in _PER_SLICE)
-            done = {"fingerprint": fingerprint, "shapes": {k: list(v.shape) for k, v in arrays.items()}}
-            (temporary / "done.json").write_text(json.dumps(done, indent=2) + "\n")
+            done = {
+                "fingerprint": fingerprint,
+                "shapes": {name: list(array.shape) for name, array in arrays.items()},
+                "metadata": {name: _metadata_digest(temporary / name) for name in arrays},
+            }
+            files.write_atomically(temporary / "done.json", files.seal(done))
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(temporary, folder)
@@ -198,15 +195,17 @@ class FeatureCache:
                 f"Case {case_id!r} has no {view} in the feature cache {self.root}; run the training command "
                 "again: it computes what is missing before it trains."
             )
-        return _read_json(path)
+        return _read(path, files.unseal)
 
     def _open(self, case_id: str, view: str) -> _View:
         if (case_id, view) not in self._opened:
             folder = self._folder(case_id, view)
-            shapes = self._done(case_id, view)["shapes"]
+            done = self._done(case_id, view)
             stores, arrays = {}, {}
-            for name, shape in shapes.items():
+            for name, shape in done["shapes"].items():
                 try:
+                    if _metadata_digest(folder / name) != done["metadata"][name]:
+                        raise ValueError(f"the zarr.json of {name} is not what was written")
                     store = tensorstore.open(_spec(folder / name), open=True, read=True).result()
                     if list(store.shape) != shape:
                         raise ValueError(f"{name} has shape {list(store.shape)}, done.json says {shape}")
@@ -214,7 +213,7 @@ class FeatureCache:
                         stores[name] = store
                     else:
                         arrays[name] = store.read().result()
-                except ValueError as error:
+                except (OSError, ValueError) as error:
                     raise self._damaged(case_id, view, error) from error
             self._opened[case_id, view] = _View(stores, arrays)
         return self._opened[case_id, view]
@@ -256,9 +255,13 @@ def _write_array(folder: Path, array: np.ndarray, *, per_slice: bool) -> None:
     tensorstore.open(spec, create=True).result().write(array).result()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _metadata_digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "zarr.json").read_bytes()).hexdigest()
+
+
+def _read(path: Path, decode: Callable[[bytes], Any]) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return decode(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); delete the folder {path.parent} and run again.") from error
 

@@ -1,8 +1,12 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and JSON that knows when it was changed."""
 
 import contextlib
+import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from calsegx.interfaces import InputError
 
@@ -28,3 +32,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise InputError(
             f"{path} cannot be written ({error.strerror}); check the folder and the free space, then run again."
         ) from error
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """``content`` (JSON values) as JSON text that ends with the SHA-256 of the rest."""
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, indent=2) + "\n"
+
+
+def unseal(text: bytes) -> dict[str, Any]:
+    """What was sealed.
+
+    Raises:
+        ValueError: when ``text`` is not, to the byte, what ``seal`` makes of its content.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.pop("sha256", None) is None or seal(content).encode() != text:
+        raise ValueError("its content and its SHA-256 differ")
+    return content

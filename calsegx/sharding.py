@@ -43,8 +43,9 @@ def device_mesh(devices: Sequence[jax.Device] | None = None, model: int = 1) -> 
         raise UsageError(
             f"--config.model.shards={model} cannot divide {len(devices)} devices evenly; make it a divisor of that."
         )
-    shape = (len(devices) // model, model)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    # Not jax.make_mesh, which may reorder them: the rows of a batch lie in the order of the processes.
+    grid = np.asarray(devices, object).reshape(-1, model)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -144,3 +145,15 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def gather_bytes(content: bytes) -> list[bytes]:
+    """What every process gives, in their order; all of them must ask, at the same point."""
+    if jax.process_count() == 1:
+        return [content]
+    sizes = multihost_utils.process_allgather(np.asarray(len(content)))
+    # Of few different sizes: each is compiled.
+    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]

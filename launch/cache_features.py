@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from calsegx import configs
+from calsegx.training import interruption
 from launch import common, components
 
 
@@ -22,13 +23,15 @@ def cache_features(config: configs.TrainConfig, workdir: Path) -> Path:
     for split in splits:
         parts.select(split)  # every complaint comes before the first encoded slice
     cache = components.feature_cache(parts, workdir)
-    components.fill_cache(parts, cache, splits)
+    with interruption.Stop() as stop:
+        components.fill_cache(parts, cache, splits, stop)
     return cache.root
 
 
 def define_flags() -> None:
-    """``--config.*`` and ``--workdir``."""
+    """``--config.*``, ``--workdir`` and those of several processes."""
     common.define_config()
+    common.define_processes()
     common.define_folder("workdir", "Run folder; the cache is <workdir>/features.")
 
 

@@ -12,17 +12,22 @@ from ml_collections import config_flags
 
 from calsegx import configs, memory
 from calsegx.interfaces import InputError, UsageError
+from calsegx.training import interruption
+
+LOST = ("Gloo", "NCCL", "CoordinationService", "coordination service")  # words of errors when another process ended
 
 
 def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
     """Define flags, parse the command line, call ``main``.
 
-    Exit codes: 0 done, 1 failed, 2 a flag is wrong, 3 data is invalid, 130 interrupted by Ctrl-C.
+    Exit codes: 0 done, 1 failed, 2 a flag is wrong, 3 data is invalid, 130 stopped by Ctrl-C, 143 stopped by SIGTERM
+    or SIGUSR1.
     """
 
     def guarded(argv: Sequence[str]) -> int:
         del argv
         try:
+            _join_processes()
             main()
         except InputError as error:
             return _complain(error)
@@ -30,6 +35,18 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
             return _complain(
                 InputError(f"{error.filename or 'a file'}: {error.strerror or error}; check the path and the space.")
             )
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1 or not any(word in str(error) for word in LOST):
+                raise
+            return _complain(
+                InputError(
+                    f"This process lost the others ({str(error).splitlines()[0]}); read what the first that ended "
+                    "said, then start all of them again, with --resume where a step was saved."
+                )
+            )
+        except interruption.Interrupted as stopped:
+            print(stopped, file=sys.stderr)
+            return stopped.exit_code
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -66,6 +83,38 @@ def define_folder(name: str, description: str) -> None:
     """A required flag that names a folder to write to."""
     flags.DEFINE_string(name, None, description, required=True)
     flags.register_validator(name, lambda value: value is None or bool(value), "must name a folder")
+
+
+def define_processes() -> None:
+    """``--distributed`` and, where no cluster tells, ``--coordinator``, ``--num_processes`` and ``--process_id``."""
+    flags.DEFINE_bool("distributed", False, "This is one of several processes; who they are is asked of Slurm or MPI.")
+    flags.DEFINE_string("coordinator", "", "host:port of the first of several processes, given to each of them.")
+    flags.DEFINE_integer("num_processes", 0, "How many processes there are, with --coordinator.", lower_bound=0)
+    flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0, with --coordinator.", lower_bound=-1)
+
+
+def _join_processes() -> None:
+    """Make this one of several processes, where the flags say so; before anything asks for a device."""
+    if "distributed" not in flags.FLAGS:
+        return
+    arguments = flags.FLAGS
+    explicit = bool(arguments.coordinator)
+    if explicit != (arguments.num_processes > 0) or explicit != (arguments.process_id >= 0):
+        raise UsageError("--coordinator, --num_processes and --process_id belong together; give all three or none.")
+    if explicit and not arguments.process_id < arguments.num_processes:
+        raise UsageError(
+            f"--process_id={arguments.process_id} must be below --num_processes={arguments.num_processes}."
+        )
+    if not explicit and not arguments.distributed:
+        return
+    known = (arguments.coordinator, arguments.num_processes, arguments.process_id) if explicit else ()
+    try:
+        jax.distributed.initialize(*known)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"The processes did not find each other ({str(error).splitlines()[0]}); check --coordinator, or that the "
+            "job was started by srun or mpirun with one task per process."
+        ) from error
 
 
 def field_names(config: object, prefix: str = "config") -> list[str]:

@@ -8,13 +8,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from calsegx import configs, losses, models, sharding
 from calsegx.data import cases as case_tools
 from calsegx.data import classes, preprocessing, prompts
 from calsegx.features import FeatureCache
-from calsegx.interfaces import Backbone, Case, DataError, Dataset, Loss, UsageError
-from calsegx.training import caching
+from calsegx.interfaces import Backbone, Case, DataError, Dataset, UsageError
+from calsegx.losses import expression
+from calsegx.training import caching, interruption
+from calsegx.training import step as train_step
 
 VIEW_SEED = 2024  # of the augmented views: the same for all training seeds, so that they share one cache
 
@@ -63,7 +66,6 @@ def build(config: configs.TrainConfig, class_map: classes.ClassMap | None = None
         InputError: for any value of the configuration that does not fit, before any work is done.
     """
     configs.validate(config)
-    task_loss = losses.get(config.loss)
     # A backbone that knows one dtype need not take the option.
     options = {} if config.model.dtype == configs.ModelConfig.dtype else {"dtype": config.model.dtype}
     load_backbone = models.registry.bind(config.model.backbone, options)
@@ -74,8 +76,7 @@ def build(config: configs.TrainConfig, class_map: classes.ClassMap | None = None
     if weights is not None and not weights.is_dir():
         raise UsageError(f"--config.model.weights={weights} is not a folder; give one that holds model.safetensors.")
     num_classes = len(class_map.names)
-    logits = jax.ShapeDtypeStruct((1, 2, 2, 1 if num_classes == 1 else num_classes + 1), np.float32)
-    jax.eval_shape(task_loss, logits, jax.ShapeDtypeStruct((1, 2, 2), np.int32))  # e.g. bce of several classes
+    objective(config, num_classes)
     return Components(config, dataset, class_map, channels, load_backbone(weights, num_classes))
 
 
@@ -95,30 +96,85 @@ def feature_cache(components: Components, workdir: Path) -> FeatureCache:
     return FeatureCache.open(Path(data.cache) if data.cache else workdir / "features", signature)
 
 
-def fill_cache(components: Components, cache: FeatureCache, splits: Mapping[str, int]) -> None:
+def fill_cache(
+    components: Components, cache: FeatureCache, splits: Mapping[str, int], stop: interruption.Stop | None = None
+) -> None:
     """Encode what is missing of whole splits; ``splits`` gives the number of views of each."""
-    encode(components, cache, [(case, views) for split, views in splits.items() for case in components.select(split)])
+    cases = [(case, views) for split, views in splits.items() for case in components.select(split)]
+    encode(components, cache, cases, stop)
 
 
-def encode(components: Components, cache: FeatureCache, cases: Sequence[tuple[Case, int]]) -> None:
-    """Encode what the cache lacks of the labelled ``cases``, each with its number of views."""
-    caching.fill_cache(
-        cache,
-        [(case, views) for case, views in cases if case.label is not None],
-        components.prepare,
-        components.backbone,
-        seed=VIEW_SEED,
-        num_classes=len(components.class_map.names),
-        batch_size=components.config.model.encoder_batch,
-        mesh=sharding.data_mesh(),
+def encode(
+    components: Components,
+    cache: FeatureCache,
+    cases: Sequence[tuple[Case, int]],
+    stop: interruption.Stop | None = None,
+) -> None:
+    """Encode what the cache lacks of the labelled ``cases``, each with its number of views.
+
+    With several processes each encodes its share, on its own devices, and all wait for the last.
+    """
+    process = sharding.process()
+    labelled = [(case, views) for case, views in cases if case.label is not None]
+    advice = (
+        "The device's memory does not hold the encoder and one batch of slices; set --config.model.encoder_batch=1, "
+        "--config.model.dtype=bfloat16, or --config.model.shards to the number of devices that should share one encoder"
     )
+    with sharding.out_of_memory(lambda: advice):
+        caching.fill_cache(
+            cache,
+            labelled[process.index :: process.count],
+            components.prepare,
+            components.backbone,
+            seed=VIEW_SEED,
+            num_classes=len(components.class_map.names),
+            batch_size=components.config.model.encoder_batch,
+            mesh=encoder_mesh(components.config),
+            progress=process.index == 0,
+            between=_nothing if stop is None else lambda: stop.check(f"what was encoded is kept in {cache.root}."),
+        )
+    sharding.wait_for_all("features encoded")
 
 
-def loss_terms(config: configs.TrainConfig, num_classes: int) -> tuple[Loss, Loss, Loss]:
-    """Task loss, penalised loss (voxel-mean cross-entropy) and confidence penalty."""
-    penalised = losses.get("bce" if num_classes == 1 else "ce")
+def encoder_mesh(config: configs.TrainConfig) -> Mesh:
+    """The devices of this process, in groups that share one copy of the encoder."""
+    return sharding.device_mesh(jax.local_devices(), config.model.shards)
+
+
+def objective(config: configs.TrainConfig, num_classes: int) -> train_step.Objective:
+    """What is minimised: the task loss, the penalised loss and the confidence penalty.
+
+    Raises:
+        UsageError: for a loss that cannot be read or used with so many classes, or not with these views.
+    """
+    texts = configs.loss_expressions(config, num_classes)
+    task, penalised = (expression.parse(text) for text in texts)
     confidence = losses.registry.bind("cmp", {"threshold": config.cmp.threshold, "temperature": config.cmp.temperature})
-    return losses.get(config.loss), penalised, confidence
+    logits = jax.ShapeDtypeStruct((2, 4, 4, 1 if num_classes == 1 else num_classes + 1), np.float32)
+    for loss in (task, penalised):
+        jax.eval_shape(loss, logits, jax.ShapeDtypeStruct((2, 4, 4), np.int32))  # e.g. bce of several classes
+    if penalised.paired:
+        raise UsageError(f"--config.fisher.loss={penalised.text!r} ties samples together; use one that does not.")
+    if task.paired:
+        _check_paired(config, task.text)
+    return train_step.Objective(task, penalised, confidence)
+
+
+def _check_paired(config: configs.TrainConfig, text: str) -> None:
+    needs = f"--config.loss={text!r} compares two views of every slice"
+    if config.data.views < 2 or config.data.rotation_degrees:
+        raise UsageError(
+            f"{needs} on one grid: set --config.data.views=2 or more and --config.data.rotation_degrees=0, so that the "
+            "views differ in intensity alone."
+        )
+    if config.batch_size % 2 or config.microbatch % 2:
+        raise UsageError(f"{needs}; make --config.batch_size and --config.microbatch even.")
+    if configs.METHODS[config.method].fisher and config.fisher.mode == "stochastic":
+        raise UsageError(f"{needs}, which --config.fisher.mode=stochastic would take apart; use exact or every_k.")
+
+
+def _nothing() -> None:
+    return None
 
 
 def metadata(components: Components, cache: FeatureCache, seen: Mapping[str, Sequence[Case]]) -> dict[str, Any]:
@@ -158,7 +214,10 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
         data = dataclasses.replace(data, root=root, layout="auto", source="", cache="")
     ids = tuple(tuple(values) for values in record["class_ids"])
     class_map = classes.ClassMap(tuple(record["class_names"]), ids, frozenset(record["known_ids"]))
-    components = build(dataclasses.replace(config, data=data), class_map)
+    # The training's devices may have been others; what they shared is no property of the model.
+    shards = config.model.shards if len(jax.local_devices()) % config.model.shards == 0 else 1
+    model = dataclasses.replace(config.model, shards=shards)
+    components = build(dataclasses.replace(config, data=data, model=model), class_map)
     if components.backbone.fingerprint != record["backbone"]:
         weights = config.model.weights or "the tiny SAM of this installation"
         raise UsageError(

@@ -18,6 +18,7 @@ from calsegx.evaluation import report
 from calsegx.training import checkpoints
 from launch import cache_features, common, evaluate, make_phantoms, predict, train
 
+METHODS = ("sam_ft", "sam_fip", "sam_cmp", "calsam")
 SEEDS = (42, 2024, 3407)  # of the paper
 
 
@@ -47,11 +48,10 @@ def demo(workdir: Path, seeds: int) -> report.Record:
     cache_features.cache_features(config, workdir)
     runs = []
     for seed in SEEDS[:seeds]:
-        for method in configs.METHODS:
+        for method in METHODS:
             runs.append(workdir / "train" / f"{method}_seed{seed}")
             if not (runs[-1] / "model" / "model.json").exists():
-                with checkpoints.Checkpoints(runs[-1] / "checkpoints") as saved:
-                    resume = saved.latest_step() is not None
+                resume = bool(checkpoints.whole_steps(runs[-1] / "checkpoints"))
                 train.train(dataclasses.replace(config, method=method, seed=seed), runs[-1], resume)
     record = evaluate.evaluate(runs, workdir / "evaluation")
     predict.predict(runs[-1], workdir / "predictions", limit=1)

@@ -4,10 +4,12 @@ python -m launch.evaluate --runs=runs/x/calsam_seed42,runs/x/sam_ft_seed42 --wor
 
 Beside the runs it shows each of them with temperature scaling (fitted on the source domain's validation cases), SAM as
 it came (binary problems), and two guesses made from the prompt alone.  Writes ``cases.csv`` (long format),
-``summary.json`` (nnU-Net's keys), ``temperatures.json``, ``table.md`` and ``report.html``.
+``summary.json`` (nnU-Net's keys), ``temperatures.json``, ``table.md``, ``report.html`` and, last, ``SHA256SUMS``, which
+``sha256sum --check`` reads.
 """
 
 import dataclasses
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -26,13 +28,13 @@ from calsegx.data import nifti
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import gallery, methods, report, study, tables
 from calsegx.interfaces import Case, DataError, UsageError
-from calsegx.training import loop, metrics_log, progress
-from launch import common, components
+from calsegx.training import metrics_log, model_folder, progress
+from launch import common, components, exchange
 
 # Settings in which compared runs may differ: what they are compared for, and what changes no number.
 MAY_DIFFER = (
-    *("method", "seed", "fisher.", "cmp.", "log_every", "save_every", "validate_every"),
-    *("data.root", "data.cache", "model.weights", "model.encoder_batch"),
+    *("method", "loss", "seed", "fisher.", "cmp.", "crac.", "log_every", "save_every", "validate_every"),
+    *("data.root", "data.cache", "model.weights", "model.encoder_batch", "model.shards", "microbatch", "tensorboard"),
 )
 
 
@@ -43,7 +45,7 @@ class Runs:
     models: Sequence[study.Model]
     record: Mapping[str, Any]  # of the first
     logs: Mapping[str, Sequence[Mapping[str, Any]]]
-    weights: Mapping[str, Sequence[float]]  # of the penalties, where a method has them
+    configs: Sequence[configs.TrainConfig]  # of the models
 
 
 def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
@@ -55,7 +57,7 @@ def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
     """
     if not folders:
         raise UsageError("--runs is empty; give the folders of trained runs, separated by commas.")
-    loaded = [loop.load_model(folder) for folder in folders]
+    loaded = [model_folder.load(folder) for folder in folders]
     first = loaded[0][1]
     for folder, (_, record) in zip(folders, loaded, strict=True):
         trained = record["config"]["protocol"]
@@ -65,19 +67,41 @@ def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
                 f"evaluate it with {trained!r} or train a run with {protocol!r}."
             )
         _check_alike(folder, record, folders[0], first)
-    models = [study.Model(r["config"]["method"], r["config"]["seed"], jax.device_put(params)) for params, r in loaded]
+    settings = [configs.from_dict(configs.TrainConfig, r["config"], "model.json") for _, r in loaded]
+    models = [
+        study.Model(name, config.seed, jax.device_put(params), record["decoder_sha256"])
+        for name, config, (params, record) in zip(_names(settings), settings, loaded, strict=True)
+    ]
     for folder, model in zip(folders, models, strict=True):
         if sum((m.method, m.seed) == (model.method, model.seed) for m in models) > 1:
-            raise UsageError(f"{folder} repeats {model.method} with seed {model.seed}; give every run once.")
+            raise UsageError(
+                f"{folder} repeats {model.method} with seed {model.seed}; runs are told apart by method, loss, weights "
+                "of the penalties and seed: give every run once."
+            )
     several = len({m.seed for m in models}) > 1
     logs = {}
-    for folder, m in zip(folders, models, strict=True):
-        logs[m.method + (f" seed {m.seed}" if several else "")] = metrics_log.read(folder / "metrics.jsonl")
-    weights = {
-        name: sorted({r["config"][name]["weight"] for _, r in loaded if configs.METHODS[r["config"]["method"]][index]})
-        for index, name in enumerate(("fisher", "cmp"))
-    }
-    return Runs(models, first, logs, weights)
+    for folder, m, (_, record) in zip(folders, models, loaded, strict=True):
+        name = m.method + (f" seed {m.seed}" if several else "")
+        logs[name] = metrics_log.read(folder / "metrics.jsonl", record.get("log"))
+    return Runs(models, first, logs, settings)
+
+
+def _names(runs: Sequence[configs.TrainConfig]) -> list[str]:
+    """What the runs are called: ``configs.method_name``, with the penalties' weights where only they differ."""
+    names, weights = [configs.method_name(run) for run in runs], [_weights(run) for run in runs]
+    found = []
+    for name, own in zip(names, weights, strict=True):
+        if any(other != own for same, other in zip(names, weights, strict=True) if same == name):
+            name += ("; " if ":" in name else ":") + ", ".join(f"{term} {value:g}" for term, value in own.items())
+        found.append(name)
+    return found
+
+
+def _weights(run: configs.TrainConfig) -> dict[str, float]:
+    """The weights of the penalties that the run's method has."""
+    method = configs.METHODS[run.method]
+    weights = {"FIP": (method.fisher, run.fisher.weight), "CMP": (method.confidence, run.cmp.weight)}
+    return {term: weight for term, (used, weight) in weights.items() if used}
 
 
 def _check_alike(folder: Path, record: Mapping[str, Any], reference_folder: Path, reference: Mapping[str, Any]) -> None:
@@ -114,7 +138,7 @@ def check_unseen(record: Mapping[str, Any], test: Sequence[Case], same_dataset: 
 
 
 def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: str = "") -> report.Record:
-    """Score every test case and write the evaluation folder.
+    """Score every test case and write the evaluation folder; of several processes each scores its share.
 
     Args:
         folders: of trained runs.
@@ -122,7 +146,7 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
         root: another dataset, all of whose labelled cases are scored; empty: the test cases of the training's.
         protocol: the prompt protocol to expect; empty: the models' own.
     """
-    runs = read_runs(folders, protocol)
+    runs, first = read_runs(folders, protocol), jax.process_index() == 0
     home = components.of_model(runs.record, "")
     away = components.of_model(runs.record, root) if root else home
     config = home.config
@@ -136,23 +160,31 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
     components.fill_cache(home, features, {"train": 1, "val": 1})
     domain_column = config.data.domain if root or config.data.source else ""
     work = study.Study(features, home.backbone, home.class_map, config.protocol, domain_column)
-    temperatures = {(m.method, m.seed): study.fit_temperature(work, m, val) for m in runs.models}
+    temperatures = {(m.method, m.seed): study.fit_calibrator(work, m, val) for m in runs.models}
     guesses = study.fit_guesses(work, train)
     if root:
         work = dataclasses.replace(work, cache=components.feature_cache(away, workdir))
     components.encode(away, work.cache, [(case, 1) for case in test])
 
+    shown = gallery.shown_methods(runs.models)
+
+    def score(case: Case) -> exchange.Scored:
+        subject = study.load(work, case)
+        scored = exchange.Scored([], {}, gallery.snapshot(subject, work.domain(case)))
+        for found in study.predictions(work, subject, runs.models, temperatures, guesses):
+            scored.rows.extend(study.score(work, subject, *found, scored.statistics))
+            gallery.add(scored.picture, *found, shown)
+        return scored
+
     rows: list[case_metrics.Row] = []
     statistics: study.Statistics = {}
-    snapshots, shown = [], gallery.shown_methods(runs.models)
-    with progress.Progress("Evaluating", len(test), "cases") as bar:
-        for done, case in enumerate(test, start=1):
-            subject = study.load(work, case)
-            picture = gallery.snapshot(subject, work.domain(case))
-            for found in study.predictions(work, subject, runs.models, temperatures, guesses):
-                rows += study.score(work, subject, *found, statistics)
-                gallery.add(picture, *found, shown)
-            snapshots.append(picture)
+    snapshots = []
+    with progress.Progress("Evaluating", len(test), "cases", quiet=not first) as bar:
+        for done, (case, scored) in enumerate(exchange.deal(test, score), start=1):
+            rows += scored.rows
+            for slot, sums in scored.statistics.items():
+                statistics[slot] = statistics[slot] + sums if slot in statistics else sums
+            snapshots.append(scored.picture)
             bar.update(done, case.case_id)
 
     def read_slice(case: Case, index: int) -> np.ndarray:
@@ -173,7 +205,8 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
         logs=runs.logs,
         gallery=gallery.pictures(snapshots, rows, shown[-1], domain_column, read_slice),
     )
-    _write(workdir, record, home.class_map.names, shown[-1][0], temperatures)
+    if first:
+        _write(workdir, record, home.class_map.names, shown[-1][0], temperatures)
     return record
 
 
@@ -204,6 +237,10 @@ def _describe(
         f"{name} = {'+'.join(map(str, ids))}"
         for name, ids in zip(parts.class_map.names, parts.class_map.ids, strict=True)
     )
+    count = len(parts.class_map.names)
+    tasks = dict.fromkeys(configs.loss_expressions(run, count)[0] for run in runs.configs)
+    penalised = configs.loss_expressions(config, count)[1]
+    fisher, confidence = (_listed([_weights(run) for run in runs.configs], term) for term in ("FIP", "CMP"))
     return {
         "Dataset": parts.dataset.root.name,
         **({"Tested on": away.dataset.root.name} if away is not parts else {}),
@@ -215,10 +252,9 @@ def _describe(
         + " (order of the slices and choice of their views; every run starts from the same pretrained decoder)",
         "Training": f"{config.steps} steps of {config.batch_size} slices, {data.views} cached views a slice, Adam "
         f"{config.optimizer.learning_rate:g} with cosine decay, clip norm {config.optimizer.clip_norm:g}",
-        "Loss": f"{config.loss}; FIP weight {_listed(runs.weights['fisher'])} ({config.fisher.mode}, "
-        f"{config.fisher.reading}, "
-        f"{config.fisher.normalisation}, {config.fisher.labels} labels, linear "
-        f"warm-up over {config.fisher.warmup_fraction:.0%} of the steps), CMP weight {_listed(runs.weights['cmp'])}",
+        "Loss": f"{', '.join(tasks)}; FIP weight {fisher} ({config.fisher.mode}, {config.fisher.reading}, "
+        f"{config.fisher.normalisation}, of {penalised}, {config.fisher.labels} labels, linear warm-up over "
+        f"{config.fisher.warmup_fraction:.0%} of the steps), CMP weight {confidence}",
         "Temperatures (validation, NLL)": fitted,
         "Prompt-only disc": f"radius {guesses['prompt_only_disc'].radius_mm:.1f} mm, the best on the training labels",
         "Versions": f"calsegx {calsegx.__version__}, jax {jax.__version__}, Python {platform.python_version()}, "
@@ -226,8 +262,8 @@ def _describe(
     }
 
 
-def _listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values) or "not used"
+def _listed(weights: Sequence[Mapping[str, float]], term: str) -> str:
+    return ", ".join(f"{value:g}" for value in sorted({w[term] for w in weights if term in w})) or "not used"
 
 
 def _write(
@@ -241,14 +277,20 @@ def _write(
     tables.write_cases(workdir / "cases.csv", record.rows)
     tables.write_summary(workdir / "summary.json", record.rows, class_names, method, record.source, record.targets)
     blocks = tables.overview(record.rows, record.source, record.targets, record.domain_kind)
-    files.write_atomically(workdir / "table.md", tables.markdown(blocks))
+    columns = tables.MORE_COLUMNS
+    more = tables.overview(record.rows, record.source, record.targets, record.domain_kind, columns)
+    files.write_atomically(workdir / "table.md", tables.markdown(blocks) + "\n" + tables.markdown(more, columns))
     fitted = [{"method": method, "seed": seed, **value} for (method, seed), value in temperatures.items()]
     files.write_atomically(workdir / "temperatures.json", json.dumps(fitted, indent=2) + "\n")
     report.write_report(workdir / "report.html", record)
+    written = ("cases.csv", "summary.json", "table.md", "temperatures.json", "report.html")
+    sums = [f"{hashlib.sha256((workdir / name).read_bytes()).hexdigest()}  {name}\n" for name in written]
+    files.write_atomically(workdir / "SHA256SUMS", "".join(sums))
 
 
 def define_flags() -> None:
-    """``--runs``, ``--workdir``, ``--data``, ``--protocol``."""
+    """``--runs``, ``--workdir``, ``--data``, ``--protocol`` and those of several processes."""
+    common.define_processes()
     flags.DEFINE_list("runs", None, "Folders of trained runs, separated by commas.", required=True)
     common.define_folder("workdir", "Folder to write the evaluation to.")
     flags.DEFINE_string("data", "", "Another dataset folder: score all its labelled cases.")
@@ -260,6 +302,8 @@ def main() -> None:
     arguments = flags.FLAGS
     workdir = Path(arguments.workdir)
     record = evaluate([Path(run) for run in arguments.runs if run], workdir, arguments.data, arguments.protocol)
+    if jax.process_index():
+        return
     print(report.headline(record))
     print(f"The report is {workdir / 'report.html'}")
 

@@ -4,8 +4,9 @@ python -m launch.predict --run=runs/x/calsam_seed42 --output=predictions --data=
 
 ``--prompts`` is a table ``case_id i j k label`` of voxels in the image files' own indices, counted from 0; label 1 is a
 foreground point, 0 a background point, 2 and 3 are two opposite corners of a box.  Without it the prompts are placed on
-the reference labels by the model's protocol, which is for benchmarks only.  Writes ``CASE.nii.gz`` (uint8; a class
-made of several label ids gets its first), ``labels.json`` (what the ids mean) and ``CASE_prob-CLASS.nii.gz`` (float32).
+the reference labels by the model's protocol, which is for benchmarks only.  The calibrator that ``launch.calibrate``
+saved with the model is applied, unless ``--nocalibrate`` is given.  Writes ``CASE.nii.gz`` (uint8; a class made of
+several label ids gets its first), ``labels.json`` (what the ids mean) and ``CASE_prob-CLASS.nii.gz`` (float32).
 """
 
 import json
@@ -18,26 +19,35 @@ import jax
 import numpy as np
 from absl import flags
 
-from calsegx import files, sharding
+from calsegx import calibrators, files
 from calsegx.data import classes, nifti, pipeline, prompts
 from calsegx.evaluation import predict as case_prediction
 from calsegx.evaluation import study
 from calsegx.interfaces import Case, DataError, InputError, Params, UsageError
-from calsegx.training import caching, loop, progress
-from launch import common, components
+from calsegx.training import caching, model_folder, progress
+from launch import calibrate, common, components
 
 
 def predict(
-    run: Path, output: Path, root: str = "", clicks_file: Path | None = None, split: str = "", limit: int = 0
+    run: Path,
+    output: Path,
+    root: str = "",
+    clicks_file: Path | None = None,
+    split: str = "",
+    limit: int = 0,
+    calibrated: bool = True,
 ) -> list[Path]:
     """Segment the cases of a split, or ``all``; returns the mask files.  Default: all of another dataset, or test.
 
-    A case that fails does not stop the others; the failures are listed at the end.
+    The model's saved calibrator, if it has one, is applied unless ``calibrated`` is False.  A case that fails does not
+    stop the others; the failures are listed at the end.
 
     Raises:
+        InputError: before the first case, for a calibrator that is damaged or another model's.
         DataError: after the last case, when any case failed.
     """
-    params, record = loop.load_model(run)
+    params, record = model_folder.load(run)
+    calibrator = calibrate.of_run(run, record) if calibrated else None
     parts = components.of_model(record, root)
     split = split or ("all" if root else "test")
     cases = parts.dataset.cases if split == "all" else parts.select(split)
@@ -54,8 +64,10 @@ def predict(
                 raise UsageError(
                     f"Case {case.case_id!r} has no reference labels to place prompts on; give clicks with --prompts."
                 )
+    print(f"note: probabilities are {_described(calibrator, calibrated)}", file=sys.stderr)
     output.mkdir(parents=True, exist_ok=True)
-    encode = caching.case_encoder(parts.backbone, parts.config.model.encoder_batch, sharding.data_mesh())
+    mesh = components.encoder_mesh(parts.config)
+    encode = caching.case_encoder(parts.backbone, parts.config.model.encoder_batch, mesh)
     decode = jax.jit(parts.backbone.decode)
     weights = jax.device_put((params, parts.backbone.frozen))  # once, not for every batch
     ids = {name: values[0] for name, values in zip(parts.class_map.names, parts.class_map.ids, strict=True)}
@@ -64,7 +76,7 @@ def predict(
     with progress.Progress("Predicting", len(cases), "cases") as bar:
         for done, case in enumerate(cases, start=1):
             try:
-                probabilities, reference = _probabilities(parts, weights, case, clicks, encode, decode)
+                probabilities, reference = _probabilities(parts, weights, case, clicks, encode, decode, calibrator)
             except InputError as error:
                 failed.append(f"{case.case_id}: {error}")
                 bar.say(f"failed: {failed[-1]}")
@@ -83,14 +95,27 @@ def _probabilities(
     clicks: Mapping[str, prompts.Clicks] | None,
     encode: Any,
     decode: Any,
+    calibrator: tuple[str, Mapping[str, Any]] | None,
 ) -> tuple[np.ndarray, Any]:
     """Foreground probabilities ``[D, H, W, K]`` and the grid to write them on; ``weights`` trained and frozen."""
     prepared = parts.prepare(case, clicks=clicks)
     asked = pipeline.protocol_prompts(prepared.prompts, parts.config.protocol)
     low_res = case_prediction.predict_slices(decode, *weights, encode(prepared), asked, study.DECODER_BATCH)
-    native = case_prediction.probabilities(case_prediction.case_logits(low_res, prepared.geometry))
+    logits = case_prediction.case_logits(low_res, prepared.geometry)
+    if calibrator is not None:
+        name, params = calibrator
+        logits = calibrators.get(name).apply(params, logits, study.calibrator_image(prepared))
+    native = case_prediction.probabilities(logits)
     depth = prepared.reference.voxels.shape[0]
     return case_prediction.to_volume(native, prepared.slices, depth), prepared.reference
+
+
+def _described(calibrator: tuple[str, Mapping[str, Any]] | None, wanted: bool) -> str:
+    if calibrator is None:
+        return "the decoder's own" + (": launch.calibrate has saved no calibrator with this model" if wanted else "")
+    name, params = calibrator
+    fitted = f"fitted on validation voxels, region {params['provenance']['region']}"
+    return f"calibrated by {name}, {fitted}" + ("" if params["identifiable"] else " (not identifiable: no change)")
 
 
 def _write(output: Path, case: Case, probabilities: np.ndarray, reference: Any, class_map: classes.ClassMap) -> Path:
@@ -104,12 +129,13 @@ def _write(output: Path, case: Case, probabilities: np.ndarray, reference: Any, 
 
 
 def define_flags() -> None:
-    """``--run``, ``--output``, ``--data``, ``--prompts``, ``--split``."""
+    """``--run``, ``--output``, ``--data``, ``--prompts``, ``--split``, ``--calibrate``."""
     flags.DEFINE_string("run", None, "Folder of a trained run.", required=True)
     common.define_folder("output", "Folder to write masks and probabilities to.")
     flags.DEFINE_string("data", "", "Another dataset folder than the one trained on.")
     flags.DEFINE_string("prompts", "", "Table of clicks; without it prompts are placed on the reference labels.")
     flags.DEFINE_enum("split", "", ["", "train", "val", "test", "all"], "Which cases; default: all of --data, or test.")
+    flags.DEFINE_bool("calibrate", True, "Apply the calibrator that launch.calibrate saved with the model.")
 
 
 def main() -> None:
@@ -118,7 +144,8 @@ def main() -> None:
     clicks = Path(arguments.prompts) if arguments.prompts else None
     if clicks is None:
         print("note: no --prompts, so prompts are placed on the reference labels (benchmarks only)", file=sys.stderr)
-    written = predict(Path(arguments.run), Path(arguments.output), arguments.data, clicks, arguments.split)
+    run, output = Path(arguments.run), Path(arguments.output)
+    written = predict(run, output, arguments.data, clicks, arguments.split, calibrated=arguments.calibrate)
     print(f"Wrote {len(written)} masks with their probabilities to {arguments.output}")
 
 

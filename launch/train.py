@@ -2,26 +2,36 @@
 
 python -m launch.train --config.data.root=DATASET --config.data.source=A --config.method=calsam --workdir=runs/x
 
-Methods: sam_ft (task loss), sam_fip (+ Fisher penalty), sam_cmp (+ confidence penalty), calsam (both).  ``--resume``
-goes on from the newest checkpoint.  The run folder holds ``config.json``, ``metrics.jsonl``, ``checkpoints/`` and,
-at the end, ``model/``, which ``launch.evaluate`` and ``launch.predict`` read.
+Methods: sam_ft (task loss), sam_fip (+ Fisher penalty), sam_cmp (+ confidence penalty), calsam (both), crac (CRaC's
+augmented Lagrangian).  The task loss is any sum of losses: --config.loss="sam + 0.1*mbls_penalty(margin=5)".
+``--resume`` goes on from the newest whole checkpoint.  The run folder holds ``config.json``, ``metrics.jsonl``,
+``checkpoints/`` and, at the end, ``model/``, which ``launch.evaluate`` and ``launch.predict`` read.  SIGTERM, SIGINT
+and SIGUSR1 finish the step, save it and end; docs/failure-contract.md says what is promised, docs/scaling.md how to use
+several devices and processes.
 """
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
-from calsegx import configs, files, sharding
+from calsegx import configs, files, locks, sharding
 from calsegx.interfaces import InputError
-from calsegx.training import checkpoints, loop
+from calsegx.training import checkpoints, interruption, loop
 from launch import common, components
 
 
-def train(config: configs.TrainConfig, workdir: Path, resume: bool = False) -> dict[str, Any]:
-    """One run: fill the cache where needed, train, save the model; returns the run's summary."""
+def train(
+    config: configs.TrainConfig, workdir: Path, resume: bool = False, allow_config_change: bool = False
+) -> dict[str, Any]:
+    """One run: fill the cache where needed, train, save the model; returns the run's summary.
+
+    Of several processes the first holds the run folder's lock for all.
+    """
     if resume and not (workdir / "checkpoints").is_dir():
         raise InputError(f"--resume found no run in {workdir}; name the --workdir of the run to go on with.")
     # Absolute, so that dataset, cache and weights are found again from anywhere.
@@ -30,32 +40,34 @@ def train(config: configs.TrainConfig, workdir: Path, resume: bool = False) -> d
     config = dataclasses.replace(config, data=data, model=model)
     parts = components.build(config)
     train_cases, val_cases = parts.select("train"), parts.select("val")
-    num_classes = len(parts.class_map.names)
-    task_loss, penalised_loss, confidence_loss = components.loss_terms(config, num_classes)
-    mesh = sharding.data_mesh()
+    objective = components.objective(config, len(parts.class_map.names))
+    mesh = sharding.device_mesh()
     sharding.check_batch_size(mesh, config.batch_size)
-    with checkpoints.Checkpoints(workdir / "checkpoints") as saved:
-        saved.check_start(resume)  # before hours of encoding, and before config.json is replaced
 
-    cache = components.feature_cache(parts, workdir)
-    components.fill_cache(parts, cache, {"train": config.data.views, "val": 1})
-
-    if not resume:  # a resumed run may be refused for other settings, and keeps the file it has
-        files.write_atomically(workdir / "config.json", json.dumps(configs.to_dict(config), indent=2) + "\n")
-    return loop.train(
-        config,
-        parts.backbone,
-        cache,
-        [case.case_id for case in train_cases],
-        [case.case_id for case in val_cases],
-        workdir,
-        task_loss=task_loss,
-        penalised_loss=penalised_loss,
-        confidence_loss=confidence_loss,
-        mesh=mesh,
-        resume=resume,
-        metadata=components.metadata(parts, cache, {"train": train_cases, "val": val_cases}),
-    )
+    first = jax.process_index() == 0
+    with locks.exclusive(workdir) if first else contextlib.nullcontext(), interruption.Stop() as stop:
+        checkpoints.check_start(workdir / "checkpoints", resume)  # before hours of encoding
+        if first and not resume:  # a resumed run may be refused for other settings, and keeps the file it has
+            files.write_atomically(workdir / "config.json", json.dumps(configs.to_dict(config), indent=2) + "\n")
+        cache = components.feature_cache(parts, workdir)
+        components.fill_cache(parts, cache, {"train": config.data.views, "val": 1}, stop)
+        summary = loop.train(
+            config,
+            parts.backbone,
+            cache,
+            [case.case_id for case in train_cases],
+            [case.case_id for case in val_cases],
+            workdir,
+            objective=objective,
+            mesh=mesh,
+            resume=resume,
+            metadata=components.metadata(parts, cache, {"train": train_cases, "val": val_cases}),
+            stop=stop,
+            allow_config_change=allow_config_change,
+        )
+        if first and resume and allow_config_change:
+            files.write_atomically(workdir / "config.json", json.dumps(configs.to_dict(config), indent=2) + "\n")
+    return summary
 
 
 def _absolute(path: str) -> str:
@@ -63,22 +75,30 @@ def _absolute(path: str) -> str:
 
 
 def define_flags() -> None:
-    """``--config.*``, ``--workdir``, ``--resume``."""
+    """``--config.*``, ``--workdir``, ``--resume``, ``--allow_config_change`` and those of several processes."""
     common.define_config()
+    common.define_processes()
     common.define_folder("workdir", "Run folder.")
-    flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint in --workdir.")
+    flags.DEFINE_bool("resume", False, "Go on from the newest whole checkpoint in --workdir.")
+    flags.DEFINE_bool("allow_config_change", False, "Go on with --resume although settings or data have changed.")
 
 
 def main() -> None:
     """Train, and say what came out."""
     config = flags.FLAGS.config
-    summary = train(config, Path(flags.FLAGS.workdir), flags.FLAGS.resume)
+    summary = train(config, Path(flags.FLAGS.workdir), flags.FLAGS.resume, flags.FLAGS.allow_config_change)
+    if jax.process_index():
+        return
     validation = summary["validation_loss"]
     print(
         f"Trained {config.method} for {summary['steps']} steps in {summary['seconds']:.0f} s"
         + (f", validation loss {validation:.4f}" if validation is not None else "")
-        + f"; the model is in {summary['model']}"
+        + f"; the model{_of_step(summary)} is in {summary['model']}"
     )
+
+
+def _of_step(summary: dict[str, Any]) -> str:
+    return "" if summary["exported_step"] == summary["steps"] else f" of step {summary['exported_step']}"
 
 
 if __name__ == "__main__":

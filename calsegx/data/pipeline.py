@@ -1,7 +1,7 @@
 """Training batches from the feature cache: a deterministic grain pipeline whose position is the number of the step.
 
 source (cached slices) -> seed -> shuffle (anew every epoch) -> one of the slice's views at random -> repeat
--> the share of this process -> batch -> from the step where the run goes on.
+-> batch -> this process's rows of it -> from the step where the run goes on.
 """
 
 from collections.abc import Callable, Sequence
@@ -135,10 +135,9 @@ def training_data(
         chosen = rng.choice(len(record.places), each, replace=False) if paired else [rng.integers(len(record.places))]
         return [Place(record.case_id, *record.places[index]) for index in chosen]
 
-    index, count = share
     slices = batch_size // each
     order = grain.MapDataset.source(source).seed(seed).shuffle().random_map(choose).repeat()
-    batches = order.slice(slice(index, None, count)).batch(slices // count, batch_fn=_flatten)
+    batches = order.batch(slices, batch_fn=_flatten).map(lambda places: own_rows(places, share))
     return TrainingData(batches, lambda place: _one(cache, place, protocol), len(source) // slices)
 
 

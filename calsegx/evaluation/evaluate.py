@@ -2,7 +2,8 @@
 
 A metric's full name is what it measures, its definition and its region, because each of them changes the number.
 Every metric is per class (calibration: the class against the rest) and for the class ``all``: the mean over the
-foreground classes for overlap and surface metrics, the top label over background and all classes for calibration.
+foreground classes for overlap and surface metrics, background and all classes together for calibration.  CECE and TACE
+are of the class ``all`` alone.
 """
 
 import math
@@ -14,15 +15,22 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from calsegx.evaluation import predict
-from calsegx.metrics import calibration, overlap, regions, statistics, surface
+from calsegx.metrics import adaptive, calibration, lesions, overlap, regions, statistics, surface
 
 ALL = "all"
-VOLUME = "volume"  # the region of overlap and surface metrics
+VOLUME = "volume"  # the region of overlap, surface and lesion metrics
 BINS = 15
+NSD_MM = 2.0  # tolerance of the normalised surface distance
 DSC = "DSC"
 HD95 = surface.hausdorff95_name("max_directed", "diagonal")
-ECE, BRIER, NLL = "ECE", "Brier", "NLL"
-REGIONS = ("p>0.01", "dilated_truth", "all")
+ASSD = "ASSD[pooled,empty=diagonal] (mm)"
+NSD = f"NSD@{NSD_MM:g}mm"
+PRECISION, RECALL, LESION_F1 = "precision", "recall", "lesion F1"
+VOLUME_DIFFERENCE = "absolute volume difference (ml)"
+OF_MASKS = (DSC, HD95, ASSD, NSD, PRECISION, RECALL, VOLUME_DIFFERENCE, LESION_F1)
+ECE, BRIER, NLL, MCE, CECE, TACE = "ECE", "Brier", "NLL", "MCE", "CECE", "TACE"
+PAPERS_REGION = "gt_fg"  # chosen by the label: shown beside the others, never the one that a sentence is about
+REGIONS = ("p>0.01", "dilated", "all", PAPERS_REGION)
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class Gap:
 
 def higher_is_better(metric: str) -> bool:
     """Whether a larger value of ``metric`` is the better one."""
-    return metric == DSC
+    return metric in (DSC, NSD, PRECISION, RECALL, LESION_F1)
 
 
 def evaluate_case(
@@ -99,6 +107,7 @@ def evaluate_case(
     spacing_mm: tuple[float, float, float],
     class_names: Sequence[str],
     key: CaseKey,
+    region_names: Sequence[str] = REGIONS,
 ) -> tuple[list[Row], dict[str, calibration.CalibrationStatistics]]:
     """All metrics of one case, and the additive calibration statistics of every region.
 
@@ -108,10 +117,11 @@ def evaluate_case(
         spacing_mm: voxel size along D, H and W.
         class_names: K names, of the classes 1..K.
         key: whose case it is.
+        region_names: of ``metrics.regions``, on which calibration is measured.
 
     Returns:
-        Rows, and statistics by region.  A class that neither the truth nor the prediction has gets NaN for DSC and
-        HD95 and counts as undefined; a class that only one of them has gets DSC 0 and the volume's diagonal as HD95.
+        Rows, and statistics by region.  A class that neither the truth nor the prediction has gets NaN for every metric
+        of masks and counts as undefined; one that only one of them has gets DSC 0 and the volume's diagonal as HD95.
 
     Raises:
         ValueError: for shapes that disagree.
@@ -122,61 +132,76 @@ def evaluate_case(
             f"and {len(class_names)} classes."
         )
     labels = predict.segment(probabilities)
+    found = [_mask_scores(labels == index, truth == index, spacing_mm) for index in range(1, len(class_names) + 1)]
     rows = []
-    for metric, measure in ((DSC, _dice), (HD95, _hausdorff95)):
-        found = [measure(labels == index, truth == index, spacing_mm) for index in range(1, len(class_names) + 1)]
-        for name, (value, defined) in zip(class_names, found, strict=True):
+    for metric in OF_MASKS:
+        scores = [of_class[metric] for of_class in found]
+        for name, (value, defined) in zip(class_names, scores, strict=True):
             rows.append(_row(key, name, metric, VOLUME, value, defined))
-        known = [value for value, _ in found if not math.isnan(value)]
+        known = [value for value, _ in scores if not math.isnan(value)]
         mean = float(np.mean(known)) if known else math.nan
         # One class that is missing everywhere does not make the mean over the others undefined.
-        rows.append(_row(key, ALL, metric, VOLUME, mean, any(defined for _, defined in found)))
-    sums = _calibration_sums(probabilities, truth, spacing_mm, class_names)
-    for (name, region), found in sums.items():
-        for metric, value in ((ECE, found.ece()), (BRIER, found.brier()), (NLL, found.nll())):
-            rows.append(_row(key, name, metric, region, value, math.isfinite(value)))
-    return rows, {region: found for (name, region), found in sums.items() if name == ALL}
+        rows.append(_row(key, ALL, metric, VOLUME, mean, any(defined for _, defined in scores)))
+    of_probabilities, sums = _calibration(probabilities, truth, spacing_mm, class_names, key, region_names)
+    return rows + of_probabilities, sums
+
+
+def _mask_scores(
+    prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> dict[str, overlap.Score]:
+    """The metrics ``OF_MASKS`` of one class; all NaN and undefined where neither mask has a voxel."""
+    counts = overlap.overlap_counts(prediction, truth)
+    if not (counts.predicted or counts.truth):
+        return dict.fromkeys(OF_MASKS, overlap.Score(math.nan, False))
+    areas = counts.finalise(spacing_mm)
+    distances = surface.surface_scores(prediction, truth, spacing_mm, tolerance_mm=NSD_MM)
+    return {
+        DSC: areas.dsc,
+        HD95: distances.hd95,
+        ASSD: distances.assd,
+        NSD: distances.nsd,
+        PRECISION: areas.precision,
+        RECALL: areas.recall,
+        VOLUME_DIFFERENCE: overlap.Score(abs(areas.volume_difference_ml.value), True),
+        LESION_F1: lesions.lesion_counts(prediction, truth, spacing_mm).finalise().f1,
+    }
+
+
+def _calibration(
+    probabilities: np.ndarray,
+    truth: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    class_names: Sequence[str],
+    key: CaseKey,
+    region_names: Sequence[str],
+) -> tuple[list[Row], dict[str, calibration.CalibrationStatistics]]:
+    total = np.minimum(probabilities.sum(axis=-1), 1)
+    predicted = predict.segment(probabilities) > 0
+    # A binary problem goes in as one probability, so that its Brier score is (p - y)^2 and not twice that.
+    single = len(class_names) == 1
+    distribution = total if single else np.concatenate([1 - total[..., None], probabilities], axis=-1)
+    rows, sums = [], {}
+    for region in region_names:
+        inside = regions.region(region, total, truth > 0, spacing_mm, predicted)
+        values, labels = distribution[inside], truth[inside]
+        whole = calibration.calibration_statistics(values, labels, bins=BINS)
+        sums[region] = whole
+        tace = adaptive.adaptive_statistics(values, labels).tace(ranges=BINS)
+        measured = [(ALL, metric, value) for metric, value in ((CECE, whole.cece()), (TACE, tace))]
+        for index, name in enumerate((ALL, *class_names)):
+            found = whole
+            if index and not single:  # with one class, the class against the rest is the whole problem
+                of_class = (labels == index).astype(np.uint8)
+                found = calibration.calibration_statistics(values[:, index], of_class, bins=BINS)
+            metrics = ((ECE, found.ece()), (BRIER, found.brier()), (NLL, found.nll()), (MCE, found.mce()))
+            measured += [(name, metric, value) for metric, value in metrics]
+        rows += [_row(key, name, metric, region, value, math.isfinite(value)) for name, metric, value in measured]
+    return rows, sums
 
 
 def _row(key: CaseKey, class_name: str, metric: str, region: str, value: float, defined: bool) -> Row:
     identity = (key.method, key.seed, key.case_id, key.subject_id, key.domain, key.split)
     return Row(*identity, class_name, metric, region, value if math.isfinite(value) else math.nan, bool(defined))
-
-
-def _dice(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, ...]) -> tuple[float, bool]:
-    value = overlap.dice(prediction, truth, both_empty=math.nan)
-    return value, not math.isnan(value)
-
-
-def _hausdorff95(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, ...]) -> tuple[float, bool]:
-    if not prediction.any() and not truth.any():
-        return math.nan, False
-    return surface.hausdorff95(prediction, truth, spacing_mm, method="max_directed", empty="diagonal")
-
-
-def _calibration_sums(
-    foreground: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, ...], class_names: Sequence[str]
-) -> dict[tuple[str, str], calibration.CalibrationStatistics]:
-    """By class and region: the top label over background and all classes (``all``), and each class against the rest."""
-    total = np.minimum(foreground.sum(axis=-1), 1)
-    # A binary problem goes in as one probability, so that its Brier score is (p - y)^2 and not twice that.
-    distribution = total if foreground.shape[-1] == 1 else np.concatenate([1 - total[..., None], foreground], axis=-1)
-    sums = {}
-    for region in REGIONS:
-        inside = regions.region(region, total, truth > 0, spacing_mm)
-        labels = truth[inside]
-        whole = calibration.calibration_statistics(distribution[inside], labels, bins=BINS)
-        sums[ALL, region] = whole
-        for index, name in enumerate(class_names, start=1):
-            single = len(class_names) == 1  # then the class against the rest is the whole problem
-            sums[name, region] = (
-                whole
-                if single
-                else calibration.calibration_statistics(
-                    foreground[inside][..., index - 1], (labels == index).astype(np.uint8), bins=BINS
-                )
-            )
-    return sums
 
 
 def summarise(rows: Iterable[Row]) -> list[Summary]:

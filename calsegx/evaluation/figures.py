@@ -8,7 +8,7 @@ apart; line styles and markers repeat what the colours say.
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,10 @@ _COLOURS = {
     "sam_cmp": GREEN,
     "calsam": VERMILION,
 }
+# Of other methods, in turn; numbers without a common divisor, so that many pairs differ.
 _SPARE_COLOURS = (PURPLE, SKY)
+_SPARE_MARKERS = ("*", "h", "<", ">", "p")
+_SPARE_LINES = ("-", "--", ":")
 _MARKERS = {
     "prompt_only_disc": "X",
     "prompt_only_ellipse": "P",
@@ -78,7 +81,7 @@ def reliability(curves: Mapping[str, calibration.CalibrationStatistics], title: 
         axes.set_title(f"{_short(domain, 24)}\n{text} (pooled voxels)", fontsize=9)
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="Confidence (top label)")
     panels[0].set_ylabel("Accuracy")
-    figure.suptitle(f"{title}, region {region}", fontsize=10, fontweight="bold")
+    figure.suptitle(f"{_short(title, 26 * len(curves))}, region {region}", fontsize=10, fontweight="bold")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
         handles,
@@ -104,6 +107,7 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
     shown = {k: label for k, label in quantities.items() if any(k in r for run in logs.values() for r in run)}
     if not shown:
         raise ValueError(f"No run has logged any of {', '.join(quantities)}.")
+    runs = list(dict.fromkeys(map(_method, logs)))
     columns = min(len(shown), 2)
     tall = math.ceil(len(shown) / columns)
     figure = _figure(4.4 * columns, 2.9 * tall + 0.4)
@@ -112,13 +116,14 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
         axes.remove()
     for axes, (key, label) in zip(panels.flat, shown.items(), strict=False):
         values: list[float] = []
-        for index, (run, records) in enumerate(logs.items()):
+        for run, records in logs.items():
             points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-            method = run.split(" ")[0]
-            style = {"color": _colour(method, index), "linestyle": _LINES.get(method, "-")}
+            index = runs.index(_method(run))
+            spare = _SPARE_LINES[index % len(_SPARE_LINES)]
+            style = {"color": _colour(runs[index], index), "linestyle": _LINES.get(runs[index], spare)}
             axes.plot(
                 *(zip(*points, strict=True) if points else ((), ())),
-                label=methods.display(method),
+                label=methods.display(runs[index]),
                 linewidth=1.4,
                 **style,
             )
@@ -131,7 +136,8 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
         axes.locator_params(axis="x", nbins=5)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    fitting = max(1, min(4, int(4.4 * columns / _legend_width(once))))
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=fitting, fontsize=9, frameon=False)
     return _png(figure)
 
 
@@ -164,7 +170,7 @@ def overlay(
     for index, axes in enumerate(panels[0]):
         axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
         _contour(axes, truth, GREEN, "solid")
-        axes.set_title("Image" if index == 0 else methods.display(list(results)[index - 1]), fontsize=9)
+        axes.set_title("Image" if index == 0 else _short(methods.display(list(results)[index - 1]), 28), fontsize=9)
     colours = None
     for axes, above, result in zip(panels[1, 1:], panels[0, 1:], results.values(), strict=True):
         _contour(above, result.prediction, ORANGE, "dashed")
@@ -190,11 +196,12 @@ def dice_against_ece(points: Mapping[str, Mapping[str, tuple[float, float]]], re
         points: domain -> method -> (mean DSC in [0, 1], mean ECE); methods with a NaN are left out.
         region: the ECE's region.
     """
-    figure = _figure(3.6 * len(points) + 2.2, 3.9)
-    panels = figure.subplots(1, len(points), squeeze=False, sharex=True, sharey=True)[0]
     names = methods.order(name for found in points.values() for name in found)
+    bases = list(dict.fromkeys(map(methods.base, names)))
+    figure = _figure(3.6 * len(points) + _legend_width(map(methods.display, names)), max(3.9, 0.33 * len(names)))
+    panels = figure.subplots(1, len(points), squeeze=False, sharex=True, sharey=True)[0]
     for axes, (domain, found) in zip(panels, points.items(), strict=True):
-        for index, name in enumerate(names):
+        for name in names:
             dice, ece = found.get(name, (math.nan, math.nan))
             axes.plot(
                 [ece],
@@ -203,7 +210,7 @@ def dice_against_ece(points: Mapping[str, Mapping[str, tuple[float, float]]], re
                 markersize=9,
                 markeredgewidth=1.8,
                 label=methods.display(name),
-                **_marker(name, index),
+                **_marker(name, bases.index(methods.base(name))),
             )
         axes.set_title(_short(domain, 28), fontsize=10)
         axes.set_xlabel(f"ECE [{region}] (lower is better)")
@@ -240,8 +247,17 @@ def _colour(name: str, index: int) -> str:
 def _marker(name: str, index: int) -> dict[str, Any]:
     colour = _colour(name, index)
     hollow = name.endswith(methods.CALIBRATED)
-    shape = _MARKERS.get(methods.base(name), "*")
+    shape = _MARKERS.get(methods.base(name), _SPARE_MARKERS[index % len(_SPARE_MARKERS)])
     return {"marker": shape, "markeredgecolor": colour, "markerfacecolor": "none" if hollow else colour}
+
+
+def _method(run: str) -> str:
+    return run.partition(" seed ")[0]
+
+
+def _legend_width(names: Iterable[str]) -> float:
+    """Inches of a legend's column at 9 points."""
+    return 0.6 + 0.085 * max(map(len, names), default=0)
 
 
 def _short(text: str, length: int) -> str:

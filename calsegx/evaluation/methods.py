@@ -11,6 +11,7 @@ _BASE_NAMES = {
     "sam_fip": "SAM-FT + FIP",
     "sam_cmp": "SAM-FT + CMP",
     "calsam": "CalSAM",
+    "crac": "CRaC",
 }
 PROMPT_ONLY = ("prompt_only_disc", "prompt_only_ellipse")
 VANILLA = "vanilla_sam"
@@ -33,6 +34,7 @@ def base(name: str) -> str:
 
 
 def display(name: str) -> str:
-    """The name for readers; an unknown method is called as it is."""
+    """The name for readers, with the loss where a run has another than its method's; an unknown one is as it is."""
     suffix = " + TS" if name.endswith(CALIBRATED) else ""
-    return _BASE_NAMES.get(base(name), base(name)) + suffix
+    method, colon, loss = base(name).partition(":")
+    return _BASE_NAMES.get(method, method) + (f" ({loss})" if colon else "") + suffix

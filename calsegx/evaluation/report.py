@@ -1,5 +1,6 @@
 """The report: one HTML file that needs nothing else, made of a ``Record``."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ def write_report(path: Path, record: Record) -> None:
         "headline": headline(record),
         "findings": [sentence.split(": ", 1) for sentence in verdict(record)],
         "columns": tables.COLUMNS,
-        "blocks": tables.overview(record.rows, record.source, record.targets, record.domain_kind),
+        "more_columns": tables.MORE_COLUMNS,
+        "overview": functools.partial(tables.overview, record.rows, record.source, record.targets, record.domain_kind),
         "display": methods.display,
         "comparisons": _comparison_table(record),
         "comparison_metrics": [findings.label(*metric) for metric in findings.COMPARED],
@@ -46,6 +48,7 @@ def write_report(path: Path, record: Record) -> None:
         "reliability": _reliability(record),
         "region": findings.MAIN_REGION,
         "fixed_region": findings.FIXED_REGION,
+        "papers_region": evaluate.PAPERS_REGION,
         "scatter": _scatter(record),
         "training": _training(record),
         "gallery": [(picture.caption, figures.data_uri(picture.png)) for picture in record.gallery],

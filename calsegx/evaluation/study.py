@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from calsegx import features
+from calsegx import calibrators, features
 from calsegx.calibrators import temperature
 from calsegx.data import cases as case_tools
 from calsegx.data import classes, pipeline, preprocessing
 from calsegx.evaluation import baselines, evaluate, methods, predict
 from calsegx.interfaces import Backbone, Case, Params
-from calsegx.metrics import calibration
+from calsegx.metrics import calibration, regions
 
 DECODER_BATCH = 16
 NO_SEED = 0  # of methods that nothing was trained for
@@ -33,6 +33,7 @@ class Model:
     method: str
     seed: int
     params: Params
+    decoder_sha256: str  # of the weights' file
 
 
 @dataclass(frozen=True)
@@ -107,18 +108,73 @@ def foreground(subject: Subject, logits: np.ndarray) -> np.ndarray:
     return predict.to_volume(predict.probabilities(logits), subject.cached.slices, subject.truth.shape[0])
 
 
-def fit_temperature(study: Study, model: Model, cases: Sequence[Case]) -> dict[str, Any]:
-    """Temperature scaling on validation cases: all voxels of the prompted slices, native grid, streamed."""
+def calibrator_image(prepared: preprocessing.PreparedCase) -> np.ndarray:
+    """What spatial calibrators see of a case, in the fit as in prediction: float32 ``[n, H, W, 3]``, 0 to 1.
 
-    def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    The prompted slices on the native grid, where the logits are, normalised as for the encoder.
+    """
+    return prepared.images / np.float32(255)
+
+
+def fit_calibrator(
+    study: Study,
+    model: Model,
+    cases: Sequence[Case],
+    calibrator: str = "temperature",
+    options: Mapping[str, Any] | None = None,
+    region: str = "all",
+    image: Callable[[Case], np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """A registered calibrator's params, fitted on validation cases, one in memory at a time.
+
+    Args:
+        study: where the cases' features are.
+        model: whose logits are calibrated.
+        cases: of the source domain's validation split.
+        calibrator: its name.
+        options: of its ``fit``.
+        region: a name of ``metrics.regions``: of the voxels of the prompted slices, on the native grid.
+        image: a case's ``calibrator_image``; spatial calibrators need it.
+    """
+    component = calibrators.get(calibrator)
+
+    def chunks() -> Iterator[tuple[np.ndarray, ...]]:
         for case in cases:
             subject = load(study, case)
-            if len(subject.cached.slices):
-                logits = slice_logits(study, study.decode, model.params, subject)
-                labels = subject.truth[subject.cached.slices]
-                yield logits.reshape(-1, logits.shape[-1]), labels.ravel()
+            if not len(subject.cached.slices):
+                continue
+            logits = slice_logits(study, study.decode, model.params, subject)
+            labels = subject.truth[subject.cached.slices]
+            inside = _inside(region, logits, labels, subject.spacing_mm)
+            if not component.spatial:
+                yield logits[inside], labels[inside]
+            elif image is None:
+                raise ValueError(f"the calibrator {calibrator} is spatial: it needs the cases' images")
+            else:
+                yield logits, labels, image(case), inside
 
-    return temperature.fit(chunks())
+    provenance = {
+        "split": "val",
+        "region": region,
+        "cases": [
+            {
+                "case_id": case.case_id,
+                "subject_id": case.subject_id,
+                "fingerprint": study.cache.fingerprint(case.case_id, "view0"),
+            }
+            for case in cases
+        ],
+        "backbone": study.backbone.fingerprint,
+        "decoder_sha256": model.decoder_sha256,
+    }
+    return component.fit(chunks(), provenance=provenance, **(options or {}))
+
+
+def _inside(region: str, logits: np.ndarray, labels: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """The region of prompted slices, bool ``[n, H, W]``."""
+    volume = predict.to_volume(predict.probabilities(logits), np.arange(len(logits)), len(logits))
+    total = np.minimum(volume.sum(axis=-1), 1)
+    return regions.region(region, total, labels > 0, spacing_mm, predict.segment(volume) > 0)
 
 
 def fit_guesses(study: Study, cases: Sequence[Case]) -> dict[str, Callable[[baselines.PromptedTruth], np.ndarray]]:

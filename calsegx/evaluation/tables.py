@@ -49,9 +49,15 @@ class Block:
     rows: list[tuple[str, list[Cell]]]  # (method, cells)
 
 
+def _of_region(metric: str, definition: str, region: str, digits: int = 3) -> Column:
+    by_label = " (selected by the label)" if region == evaluate.PAPERS_REGION else ""
+    title = f"{metric} [{region}]{by_label}"
+    return Column(metric, region, title, f"{definition}, on {regions.describe(region)}", 1.0, digits)
+
+
 def _columns() -> tuple[Column, ...]:
-    ece = f"expected calibration error of the top label, {evaluate.BINS} equal bins, on "
-    brier = "mean squared error of the probabilities (several classes: summed over classes), on "
+    ece = f"expected calibration error of the top label, {evaluate.BINS} equal bins"
+    brier = "mean squared error of the probabilities (several classes: summed over classes)"
     return (
         Column(
             *(evaluate.DSC, evaluate.VOLUME, "DSC (points)"),
@@ -65,32 +71,65 @@ def _columns() -> tuple[Column, ...]:
             "diagonal of the volume, one that both lack is left out; both are counted as undefined",
             *(1.0, 1),
         ),
-        *(
-            Column(
-                evaluate.ECE,
-                name,
-                f"ECE [{name}]",
-                ece + regions.describe(name),
-                1.0,
-                4 if name == "all" else 3,
-            )
-            for name in evaluate.REGIONS
+        *(_of_region(evaluate.ECE, ece, name, 4 if name == "all" else 3) for name in evaluate.REGIONS),
+        _of_region(evaluate.BRIER, brier, "dilated"),
+        _of_region(evaluate.BRIER, brier, "all", 4),
+        _of_region(evaluate.NLL, "mean of -log p of the true class in nats", "dilated"),
+    )
+
+
+def _more_columns() -> tuple[Column, ...]:
+    volume = evaluate.VOLUME
+    bins = f"{evaluate.BINS} equal bins"
+    return (
+        Column(
+            *(evaluate.ASSD, volume, evaluate.ASSD),
+            "mean distance in mm of the voxels of both surfaces to the other; a mask that one side lacks as for HD95",
+            *(1.0, 2),
         ),
-        *(
-            Column(evaluate.BRIER, name, f"Brier [{name}]", brier + regions.describe(name), 1.0, digits)
-            for name, digits in (("dilated_truth", 3), ("all", 4))
+        Column(
+            *(evaluate.NSD, volume, evaluate.NSD),
+            f"share of the voxels of both surfaces within {evaluate.NSD_MM:g} mm of the other",
+        ),
+        Column(evaluate.PRECISION, volume, evaluate.PRECISION, "share of the predicted voxels that are of the class"),
+        Column(evaluate.RECALL, volume, evaluate.RECALL, "share of the voxels of the class that are predicted"),
+        Column(
+            *(evaluate.VOLUME_DIFFERENCE, volume, evaluate.VOLUME_DIFFERENCE),
+            "difference of the predicted and the true volume, without its sign",
+            *(1.0, 2),
+        ),
+        Column(
+            *(evaluate.LESION_F1, volume, evaluate.LESION_F1),
+            "harmonic mean of the shares of true lesions found and of predicted lesions that exist; a lesion is a "
+            "connected component, and one common voxel is enough",
+        ),
+        _of_region(evaluate.CECE, f"class-wise calibration error, {bins}, mean over background and classes", "p>0.01"),
+        _of_region(evaluate.MCE, f"largest gap of a bin of the top label, {bins}", "p>0.01"),
+        _of_region(
+            evaluate.TACE,
+            f"class-wise calibration error of the probabilities above 0.001, {evaluate.BINS} bins of equal count "
+            "(a single class: of the foreground probability)",
+            "p>0.01",
         ),
     )
 
 
 COLUMNS = _columns()
+MORE_COLUMNS = _more_columns()
 
 
-def overview(rows: Sequence[evaluate.Row], source: str, targets: Sequence[str], kind: str = "") -> list[Block]:
+def overview(
+    rows: Sequence[evaluate.Row],
+    source: str,
+    targets: Sequence[str],
+    kind: str = "",
+    columns: Sequence[Column] = COLUMNS,
+) -> list[Block]:
     """Methods by metrics, for the source, each target, and each gap (class ``all``).
 
-    ``kind`` is what a domain is ("scanner"), for the titles.  The best mean of a column is marked, except in gaps: a
-    method that is bad everywhere has a small one.
+    ``kind`` is what a domain is ("scanner"), for the titles.  The best mean of a column is marked, except in gaps,
+    where a method that is bad everywhere has a small one, and where the label selects the voxels, which favours
+    over-confidence.
     """
     summaries = {
         (s.method, s.domain, s.metric, s.region): s for s in evaluate.summarise(rows) if s.class_name == evaluate.ALL
@@ -99,19 +138,21 @@ def overview(rows: Sequence[evaluate.Row], source: str, targets: Sequence[str], 
     blocks = []
     for domain, role in ((source, "Source"), *((target, "Target") for target in targets)):
         present = [name for name in names if any(key[:2] == (name, domain) for key in summaries)]
-        found = {n: [summaries.get((n, domain, c.metric, c.region)) for c in COLUMNS] for n in present}
-        best = [_best(c, [cells[i] for cells in found.values()]) for i, c in enumerate(COLUMNS)]
+        found = {n: [summaries.get((n, domain, c.metric, c.region)) for c in columns] for n in present}
+        best = [_best(c, [cells[i] for cells in found.values()]) for i, c in enumerate(columns)]
         lines = [
-            (name, [_cell(c, s, b) for c, s, b in zip(COLUMNS, cells, best, strict=True)])
+            (name, [_cell(c, s, b) for c, s, b in zip(columns, cells, best, strict=True)])
             for name, cells in found.items()
         ]
         if lines or domain:  # a model that is tested elsewhere has no source among the rows
             title = f"{kind} {domain}".strip() or "test cases"
             blocks.append(Block(f"{role}: {title}" if source and targets else title.capitalize(), lines))
-    return blocks + [_gap_block(rows, source, target, names) for target in targets]
+    return blocks + [_gap_block(rows, source, target, names, columns) for target in targets]
 
 
-def _gap_block(rows: Sequence[evaluate.Row], source: str, target: str, names: Sequence[str]) -> Block:
+def _gap_block(
+    rows: Sequence[evaluate.Row], source: str, target: str, names: Sequence[str], columns: Sequence[Column]
+) -> Block:
     gaps = {
         (g.method, g.metric, g.region): g
         for g in evaluate.generalisation_gaps(rows, source, target)
@@ -120,13 +161,13 @@ def _gap_block(rows: Sequence[evaluate.Row], source: str, target: str, names: Se
     present = [name for name in names if any(key[0] == name for key in gaps)]
     lines = []
     for name in present:
-        found = [gaps.get((name, c.metric, c.region)) for c in COLUMNS]
+        found = [gaps.get((name, c.metric, c.region)) for c in columns]
         lines.append(
             (
                 name,
                 [
                     Cell(number(c, g.mean, g.sd_seeds, True) if g else "not measured", "")
-                    for c, g in zip(COLUMNS, found, strict=True)
+                    for c, g in zip(columns, found, strict=True)
                 ],
             )
         )
@@ -134,6 +175,8 @@ def _gap_block(rows: Sequence[evaluate.Row], source: str, target: str, names: Se
 
 
 def _best(column: Column, summaries: Sequence[evaluate.Summary | None]) -> float:
+    if column.region == evaluate.PAPERS_REGION:
+        return math.nan
     means = [s.mean for s in summaries if s is not None and not math.isnan(s.mean)]
     choose = max if evaluate.higher_is_better(column.metric) else min
     return choose(means) if len(means) > 1 else math.nan
@@ -156,17 +199,17 @@ def number(column: Column, mean: float, sd: float | None, signed: bool = False) 
     return text if sd is None else f"{text} ± {sd * column.scale:.{column.digits}f}"
 
 
-def markdown(blocks: Sequence[Block]) -> str:
-    """The overview as a Markdown table, best values bold, with the definitions below."""
-    lines = ["| Method | " + " | ".join(c.title for c in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+def markdown(blocks: Sequence[Block], columns: Sequence[Column] = COLUMNS) -> str:
+    """The overview of these columns as a Markdown table, best values bold, with the definitions below."""
+    lines = ["| Method | " + " | ".join(c.title for c in columns) + " |", "|---|" + "---:|" * len(columns)]
     for block in blocks:
-        lines.append(f"| **{_escape(block.title)}** |" + " |" * len(COLUMNS))
+        lines.append(f"| **{_escape(block.title)}** |" + " |" * len(columns))
         for name, cells in block.rows:
             texts = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
             notes = [f" ({cell.note})" if cell.note else "" for cell in cells]
             cells_text = " | ".join(text + note for text, note in zip(texts, notes, strict=True))
             lines.append(f"| {_escape(methods.display(name))} | {cells_text} |")
-    definitions = [f"* {c.title}: {c.definition}." for c in COLUMNS]
+    definitions = [f"* {c.title}: {c.definition}." for c in columns]
     return "\n".join([*lines, "", *definitions, ""])
 
 

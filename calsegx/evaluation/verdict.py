@@ -9,7 +9,7 @@ from typing import Any
 from calsegx.evaluation import compare, evaluate, methods
 from calsegx.metrics import calibration
 
-MAIN_REGION, FIXED_REGION = "p>0.01", "dilated_truth"
+MAIN_REGION, FIXED_REGION = "p>0.01", "dilated"
 DSC = (evaluate.DSC, evaluate.VOLUME)
 ECE = (evaluate.ECE, MAIN_REGION)
 ECE_FIXED = (evaluate.ECE, FIXED_REGION)
@@ -43,14 +43,14 @@ class Record:
 
     @functools.cached_property
     def comparisons(self) -> list[compare.Comparison]:
-        """FIP, CMP and both (each without and with TS) against SAM-FT without and with TS, on ``COMPARED``."""
+        """Every other training (each without and with TS) against SAM-FT without and with TS, on ``COMPARED``."""
         rows = compare.index(self.rows)
         present = methods.order(row.method for row in self.rows)
         scaled = methods.BASELINE + methods.CALIBRATED
         pairs = [
             (method, reference)
             for method in present
-            if methods.base(method) in methods.ADDITIONS
+            if methods.base(method) not in (*methods.UNTRAINED, methods.BASELINE)
             for reference in ((scaled,) if method.endswith(methods.CALIBRATED) else (methods.BASELINE, scaled))
             if reference in present
         ]
@@ -90,7 +90,7 @@ def verdict(record: Record) -> list[str]:
         *(
             _addition(record, found, domain, method)
             for domain in domains(record)
-            for method in methods.ADDITIONS
+            for method in dict.fromkeys(c.method for c in record.comparisons)
             if (domain, method, methods.BASELINE, *DSC) in found
         ),
         *(_beaten(record, domain) for domain in domains(record)),
@@ -180,7 +180,7 @@ def _missing(record: Record) -> list[str]:
 
 
 def _addition(record: Record, found: Mapping, domain: str, method: str) -> str:
-    """What one addition to SAM-FT does on one domain."""
+    """What one addition to SAM-FT, or another training in its place, does on one domain."""
     scaled = methods.BASELINE + methods.CALIBRATED
     pair = [found[domain, method, methods.BASELINE, *metric] for metric in (DSC, ECE)]
     text = f"{_overall(pair)} against SAM-FT: {'; '.join(map(_evidence, pair))}."
@@ -195,7 +195,7 @@ def _addition(record: Record, found: Mapping, domain: str, method: str) -> str:
     both = found.get((domain, method + methods.CALIBRATED, scaled, *ECE))
     if both is not None:
         text += f" With TS on both sides: {_evidence(both)}."
-    return f"{methods.ADDITIONS[method]} on {where(record, domain)}: {text}"
+    return f"{methods.ADDITIONS.get(method, methods.display(method))} on {where(record, domain)}: {text}"
 
 
 def _judgement(pair: Sequence[compare.Comparison]) -> str:
@@ -303,6 +303,7 @@ def _undefined(record: Record) -> list[str]:
         if math.isnan(s.mean) and s.domain in (record.source, *record.targets):
             groups.setdefault((s.domain, s.class_name, s.metric, s.region), []).append(methods.display(s.method))
     sentences = []
+    together: dict[tuple[str, str], list[str]] = {}
     for (domain, class_name, metric, region), names in groups.items():
         if class_name != evaluate.ALL and metric == evaluate.DSC:
             sentences.append(
@@ -310,10 +311,11 @@ def _undefined(record: Record) -> list[str]:
                 f"prediction of {', '.join(names)}."
             )
         elif class_name == evaluate.ALL:
-            sentences.append(
-                f"{label(metric, region)} on {where(record, domain)}: undefined in every case of {', '.join(names)}."
-            )
-    return sentences
+            together.setdefault((domain, ", ".join(names)), []).append(label(metric, region))
+    return sentences + [
+        f"{', '.join(labels)} on {where(record, domain)}: undefined in every case of {names}."
+        for (domain, names), labels in together.items()
+    ]
 
 
 def _seeds(record: Record) -> str:

@@ -60,13 +60,13 @@ def cmp(
             f"The loss 'cmp' needs a confidence between 0 and 1 and gamma of at least 0, got {confidence} and {gamma}."
         )
     against = cross_entropy.log_odds_against(logits, labels)
-    values = jax.nn.softplus(against)  # -log p_y
+    values = elementary.softplus(against)  # -log p_y
     if variant == "focal":
         mask = against >= math.log((1 - confidence) / confidence)  # p_y <= kappa, exactly so at kappa = 1/2
-        return cross_entropy.voxel_mean(jnp.where(mask, jnp.exp(-gamma * jax.nn.softplus(-against)) * values, 0.0))
+        return cross_entropy.voxel_mean(jnp.where(mask, jnp.exp(-gamma * elementary.softplus(-against)) * values, 0.0))
     excess = (values - threshold) / temperature
     if variant == "softplus":
-        return cross_entropy.voxel_mean(temperature * jax.nn.softplus(excess))
+        return cross_entropy.voxel_mean(temperature * elementary.softplus(excess))
     return cross_entropy.voxel_mean(jax.nn.sigmoid(excess))
 
 

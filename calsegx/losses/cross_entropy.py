@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from calsegx import interfaces, losses
+from calsegx.losses import elementary
 
 
 def at_least_float32(array: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -37,10 +38,17 @@ def per_voxel(logits: Float[Array, "B *spatial L"], labels: Int[Array, " B *spat
     """
     logits = prepare(logits, labels)
     if logits.shape[-1] == 1:
-        return jax.nn.softplus(jnp.where(labels > 0, -logits[..., 0], logits[..., 0]))
+        return elementary.softplus(jnp.where(labels > 0, -logits[..., 0], logits[..., 0]))
     # A product with the one-hot targets, not a gather: its second derivative needs no scatter.
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+    return -jnp.sum(targets * elementary.log_softmax(logits), axis=-1)
+
+
+def of_targets(logits: Float[Array, "B *spatial K"], targets: Float[Array, "B *spatial K"]) -> Float[Array, " B"]:
+    """``-mean_v sum_k t_k log p_k`` in nats, for targets whose sum over the classes is 1 and softmax logits."""
+    logits = elementary.centred(logits)
+    classes = logits.shape[-1]
+    return voxel_mean(elementary.log_sum_exp(logits)) - classes * voxel_mean(targets * logits)
 
 
 def voxel_mean(values: Float[Array, " B *spatial"]) -> Float[Array, " B"]:
@@ -58,7 +66,10 @@ def ce(logits: Float[Array, "B *spatial L"], labels: Int[Array, " B *spatial"]) 
     Returns:
         One value per sample in nats, in ``[0, inf)``.
     """
-    return voxel_mean(per_voxel(logits, labels))
+    if logits.shape[-1] == 1:
+        return voxel_mean(per_voxel(logits, labels))
+    logits = prepare(logits, labels)
+    return of_targets(logits, jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype))
 
 
 @losses.registry.register("bce")
@@ -92,7 +103,7 @@ def log_odds_against(
     if logits.shape[-1] == 1:
         return jnp.where(labels > 0, -logits[..., 0], logits[..., 0])
     # Class by class: on a CPU a reduction over a last axis of a few entries takes two to four times as long.
-    channels = [logits[..., k] for k in range(logits.shape[-1])]
+    channels = elementary.planes(logits)
     own = sum(jnp.where(labels == k, channel, 0.0) for k, channel in enumerate(channels))
     others = [jnp.where(labels == k, -jnp.inf, channel) for k, channel in enumerate(channels)]
     largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, others))
@@ -123,5 +134,6 @@ def focal(
     if gamma < 0:
         raise interfaces.UsageError(f"The loss 'focal' needs gamma of at least 0, got {gamma}; 0 is cross-entropy.")
     against = log_odds_against(logits, labels)
+    loss = elementary.softplus(against)
     # (1 - p)^gamma through its logarithm: a power has no finite derivative where p rounds to 1.
-    return voxel_mean(jnp.exp(-gamma * jax.nn.softplus(-against)) * jax.nn.softplus(against))
+    return voxel_mean(jnp.exp(gamma * (against - loss)) * loss)

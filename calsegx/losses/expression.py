@@ -70,6 +70,23 @@ def parse(text: str) -> Expression:
     Raises:
         UsageError: saying which part cannot be used, and what is known.
     """
+    tree, outside = _read(text, f"The loss {text!r}", _FORM)
+    return Expression(text, tuple(_term(part, text, outside) for part in _summands(tree)))
+
+
+def parse_call(text: str, kind: str) -> tuple[str, dict[str, Any]]:
+    """Read one ``name`` or ``name(option=value, ...)`` of a ``kind`` of component, e.g. a calibrator.
+
+    Raises:
+        UsageError: saying which part cannot be used; neither the name nor the options are looked up.
+    """
+    what, form = f"The {kind} {text!r}", "write a name or name(option=value)"
+    tree, outside = _read(text, what, form)
+    return _call(tree, what, f"{kind} with options, {ast.unparse(tree)!r}; {form}", outside)
+
+
+def _read(text: str, what: str, form: str) -> tuple[ast.expr, dict[str, str]]:
+    """The syntax tree, in which a word stands for every ``package.module:function``, and what each stands for."""
     outside: dict[str, str] = {}
 
     def stand_in(match: re.Match) -> str:
@@ -77,10 +94,9 @@ def parse(text: str) -> Expression:
         return name
 
     try:
-        tree = ast.parse(_OUTSIDE.sub(stand_in, text.strip()), mode="eval").body
+        return ast.parse(_OUTSIDE.sub(stand_in, text.strip()), mode="eval").body, outside
     except SyntaxError as error:
-        raise UsageError(f"The loss {text!r} cannot be read ({error.msg}); {_FORM}.") from error
-    return Expression(text, tuple(_term(part, text, outside) for part in _summands(tree)))
+        raise UsageError(f"{what} cannot be read ({error.msg}); {form}.") from error
 
 
 def linear(start: float, end: float, until: float = 1.0) -> Weight:
@@ -111,16 +127,20 @@ def _term(node: ast.expr, text: str, outside: Mapping[str, str]) -> Term:
     weight: Weight = lambda t: 1.0
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         weight, node = _weight(node.left, text), node.right
+    name, options = _call(node, f"The loss {text!r}", f"weighted loss, {ast.unparse(node)!r}; {_FORM}", outside)
+    return Term(name, weight, losses.registry.bind(name, options))
+
+
+def _call(node: ast.expr, what: str, missed: str, outside: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     if isinstance(node, ast.Call):
         if node.args or any(keyword.arg is None for keyword in node.keywords):
-            raise UsageError(f"The loss {text!r} gives an option without its name; write name=value, e.g. margin=5.")
-        options = {keyword.arg: _value(keyword.value, text) for keyword in node.keywords if keyword.arg}
+            raise UsageError(f"{what} gives an option without its name; write name=value, e.g. margin=5.")
+        options = {keyword.arg: _value(keyword.value, what) for keyword in node.keywords if keyword.arg}
         node = node.func
     if not isinstance(node, ast.Name):
-        raise UsageError(f"The loss {text!r} has a part that is no weighted loss, {ast.unparse(node)!r}; {_FORM}.")
-    name = outside.get(node.id, node.id)
-    return Term(name, weight, losses.registry.bind(name, options))
+        raise UsageError(f"{what} has a part that is no {missed}.")
+    return outside.get(node.id, node.id), options
 
 
 def _weight(node: ast.expr, text: str) -> Weight:
@@ -156,7 +176,7 @@ def _number(node: ast.expr, text: str) -> float:
     return float(value)
 
 
-def _value(node: ast.expr, text: str) -> Any:
+def _value(node: ast.expr, what: str) -> Any:
     """An option's value: a Python literal, or a bare word for a string (``distance=l2``)."""
     if isinstance(node, ast.Name) and node.id not in ("True", "False", "None"):
         return node.id
@@ -164,5 +184,5 @@ def _value(node: ast.expr, text: str) -> Any:
         return ast.literal_eval(node)
     except ValueError as error:
         raise UsageError(
-            f"The loss {text!r} has the option value {ast.unparse(node)!r}; give a number, a word, True or False."
+            f"{what} has the option value {ast.unparse(node)!r}; give a number, a word, True or False."
         ) from error

@@ -1,7 +1,5 @@
 """Constraints on the logits themselves: their distance to the largest (MbLS), or to the neighbours' labels (NACL)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -39,7 +37,7 @@ def mbls(
         UsageError: for an unknown distance.
     """
     scores, classes = smoothing.as_classes(logits, labels)
-    loss = smoothing.hard_cross_entropy(scores, classes) + weight * _to_largest(scores, margin, distance)
+    loss = cross_entropy.ce(scores, classes) + weight * _to_largest(scores, margin, distance)
     return loss + losses.registry.bind("dice", {"include_background": False})(logits, labels) if dice else loss
 
 
@@ -107,7 +105,7 @@ def nacl(
     """
     logits, labels = smoothing.as_classes(logits, labels)
     tau = neighbourhood.prior(labels, logits.shape[-1], kind=prior, size=size, sigma=sigma, border=border)
-    return smoothing.hard_cross_entropy(logits, labels) + weight * _to_prior(logits, tau, distance, on)
+    return cross_entropy.ce(logits, labels) + weight * _to_prior(logits, tau, distance, on)
 
 
 @losses.registry.register("nacl_penalty")
@@ -154,9 +152,7 @@ def _to_largest(logits: Float[Array, "B *spatial K"], margin: float, distance: s
     costs = {"l1": jax.nn.relu, "l2": lambda x: jnp.square(jax.nn.relu(x)), "l2_without_hinge": jnp.square}
     if distance not in costs:
         raise UsageError(f"MbLS has no distance {distance!r}; choose one of {', '.join(costs)}.")
-    # Not jnp.maximum, which shares the gradient among equal logits; class by class, which is faster than a reduction.
-    largest = functools.reduce(lambda highest, z: jnp.where(z > highest, z, highest), smoothing.planes(logits))
-    return cross_entropy.voxel_mean(costs[distance](largest[..., None] - logits - margin))
+    return cross_entropy.voxel_mean(costs[distance](elementary.below_largest(logits) - margin))
 
 
 def _to_prior(
@@ -166,6 +162,6 @@ def _to_prior(
         raise UsageError(f"NACL constrains logits or probabilities, not {on!r}.")
     if distance not in ("l1", "l2"):
         raise UsageError(f"NACL has no distance {distance!r}; choose l1 or l2.")
-    values = logits if on == "logits" else jnp.exp(smoothing.log_softmax(logits))
+    values = logits if on == "logits" else elementary.softmax(logits)
     difference = tau.astype(logits.dtype) - values
     return cross_entropy.voxel_mean(elementary.absolute(difference) if distance == "l1" else jnp.square(difference))

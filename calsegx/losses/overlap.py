@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from calsegx import interfaces, losses
-from calsegx.losses import cross_entropy
+from calsegx.losses import cross_entropy, elementary
 
 
 @losses.registry.register("dice")
@@ -45,7 +45,7 @@ def dice(
         probabilities = jax.nn.sigmoid(logits)
         targets = (labels > 0)[..., None].astype(logits.dtype)
     else:
-        probabilities = jax.nn.softmax(logits)
+        probabilities = elementary.softmax(logits)
         targets = jax.nn.one_hot(labels, count, dtype=logits.dtype)
     if count > 1 and not include_background:
         probabilities, targets = probabilities[..., 1:], targets[..., 1:]
@@ -101,7 +101,7 @@ def dice_plus_plus(
     if count == 1:
         targets, probabilities = (labels > 0)[..., None], jax.nn.sigmoid(logits)
     else:
-        targets, probabilities = jax.nn.one_hot(labels, count, dtype=bool), jax.nn.softmax(logits)
+        targets, probabilities = jax.nn.one_hot(labels, count, dtype=bool), elementary.softmax(logits)
     if count > 1 and not include_background:
         targets, probabilities = targets[..., 1:], probabilities[..., 1:]
     voxels = tuple(range(1, logits.ndim - 1))

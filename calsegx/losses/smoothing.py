@@ -1,8 +1,5 @@
 """Softer targets: label smoothing, its spatially varying form (SVLS), and the explicit confidence penalty (ECP)."""
 
-import functools
-import operator
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -24,26 +21,6 @@ def as_classes(
     if logits.shape[-1] == 1:
         labels = (labels > 0).astype(labels.dtype)
     return elementary.as_softmax(prepared), labels
-
-
-def soft_cross_entropy(
-    logits: Float[Array, "B *spatial K"], targets: Float[Array, "B *spatial K"]
-) -> Float[Array, " B"]:
-    """``-mean_v sum_k t_k log p_k`` in nats, for targets whose sum over the classes is 1 and softmax logits."""
-    logits = _centred(logits)
-    classes = logits.shape[-1]
-    return cross_entropy.voxel_mean(_log_sum_exp(logits)) - classes * cross_entropy.voxel_mean(targets * logits)
-
-
-def hard_cross_entropy(logits: Float[Array, "B *spatial K"], labels: Int[Array, " B *spatial"]) -> Float[Array, " B"]:
-    """``-mean_v log p_y`` in nats, for softmax logits."""
-    return soft_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype))
-
-
-def log_softmax(logits: Float[Array, "*shape K"]) -> Float[Array, "*shape K"]:
-    """``log softmax(z)`` over the last axis, in nats."""
-    logits = _centred(logits)
-    return logits - _log_sum_exp(logits)[..., None]
 
 
 @losses.registry.register("label_smoothing")
@@ -71,7 +48,7 @@ def label_smoothing(
     logits, labels = as_classes(logits, labels)
     classes = logits.shape[-1]
     targets = (1 - smoothing) * jax.nn.one_hot(labels, classes, dtype=logits.dtype) + smoothing / classes
-    return soft_cross_entropy(logits, targets)
+    return cross_entropy.of_targets(logits, targets)
 
 
 @losses.registry.register("ecp")
@@ -99,11 +76,11 @@ def ecp(
     """
     logits, labels = as_classes(logits, labels)
     if mean_over_classes:
-        p = jnp.clip(jnp.exp(log_softmax(logits)), 1e-10, 1 - 1e-10)
+        p = jnp.clip(elementary.softmax(logits), 1e-10, 1 - 1e-10)
         entropy = cross_entropy.voxel_mean(-p * jnp.log(p))
     else:
-        entropy = cross_entropy.voxel_mean(_entropy(_centred(logits)))
-    return hard_cross_entropy(logits, labels) - weight * entropy
+        entropy = cross_entropy.voxel_mean(_entropy(elementary.centred(logits)))
+    return cross_entropy.ce(logits, labels) - weight * entropy
 
 
 svls_kernel = neighbourhood.svls_kernel
@@ -130,7 +107,7 @@ def svls(
         UsageError: for a sigma that is not positive.
     """
     logits, labels = as_classes(logits, labels)
-    return soft_cross_entropy(logits, svls_targets(labels, logits.shape[-1], sigma=sigma).astype(logits.dtype))
+    return cross_entropy.of_targets(logits, svls_targets(labels, logits.shape[-1], sigma=sigma).astype(logits.dtype))
 
 
 def svls_targets(
@@ -152,42 +129,14 @@ def svls_targets(
     return neighbourhood.prior(labels, classes, kind="gaussian", sigma=sigma)
 
 
-def _centred(logits: Float[Array, "*shape K"]) -> Float[Array, "*shape K"]:
-    """Logits whose largest is 0, minus a constant: no loss of a softmax depends on it."""
-    largest = functools.reduce(jnp.maximum, planes(jax.lax.stop_gradient(logits)))
-    return logits - largest[..., None]
-
-
-@jax.custom_jvp
-def _log_sum_exp(centred: Float[Array, "*shape K"]) -> Float[Array, "*shape"]:
-    return jnp.log(_class_sum(jnp.exp(centred)))
-
-
-@_log_sum_exp.defjvp
-def _log_sum_exp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (logits,), (tangent,) = primals, tangents
-    values = _log_sum_exp(logits)
-    # Not _class_sum: the transpose of a sum is a broadcast, which fuses better than that of slices.
-    return values, jnp.sum(jnp.exp(logits - values[..., None]) * tangent, axis=-1)
-
-
 @jax.custom_jvp
 def _entropy(centred: Float[Array, "*shape K"]) -> Float[Array, "*shape"]:
-    total = _log_sum_exp(centred)
-    return total - _class_sum(jnp.exp(centred - total[..., None]) * centred)
+    total = elementary.log_sum_exp(centred)
+    return total - elementary.class_sum(jnp.exp(centred - total[..., None]) * centred)
 
 
 @_entropy.defjvp
 def _entropy_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (logits,), (tangent,) = primals, tangents
-    log_p, values = log_softmax(logits), _entropy(logits)
+    log_p, values = elementary.log_softmax(logits), _entropy(logits)
     return values, -jnp.sum(jnp.exp(log_p) * (log_p + values[..., None]) * tangent, axis=-1)
-
-
-def planes(values: Float[Array, "*shape K"]) -> list[Float[Array, "*shape"]]:
-    """The classes one by one: XLA fuses elementwise operations on them, but reduces a last axis of four slowly."""
-    return [values[..., k] for k in range(values.shape[-1])]
-
-
-def _class_sum(values: Float[Array, "*shape K"]) -> Float[Array, "*shape"]:
-    return functools.reduce(operator.add, planes(values))

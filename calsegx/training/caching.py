@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from calsegx import features, sharding
 from calsegx.data import cases as case_tools
 from calsegx.data import preprocessing
-from calsegx.interfaces import Backbone, Case, UsageError
+from calsegx.interfaces import Backbone, Case, DataError, InputError, UsageError
 from calsegx.training import progress as progress_bar
 
 Prepare = Callable[[Case, np.random.Generator | None], "preprocessing.PreparedCase"]
@@ -127,14 +127,15 @@ def fill_cache(
         How many views were computed and how many were present.
 
     Raises:
-        InputError: from ``prepare`` for a bad case, when its turn comes: those before it are in the cache.  When the
-            disk refuses, before the next batch.  Every view is in the cache whole or not at all, also after Ctrl-C.
+        DataError: after the last case, when ``prepare`` refused some: the others are in the cache.
+        InputError: when the disk refuses, before the next batch.  Every view is in the cache whole or not at all, also
+            after Ctrl-C.
     """
     jobs, present = _missing(cache, cases, seed)
     if not jobs:
         return CacheCounts(0, present, 0)
     encode = case_encoder(backbone, batch_size, mesh)
-    slices = 0
+    slices, refused = 0, {}
 
     def check() -> None:
         between()
@@ -145,9 +146,15 @@ def fill_cache(
         futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as reader,
         _Writer(cache.write) as writer,
     ):
-        for done, (job, prepared) in enumerate(_prepared_ahead(reader, jobs, prepare, num_classes)):
+        for done, (job, prepared) in enumerate(_prepared_ahead(reader, jobs, prepare, num_classes), start=1):
+            bar.update(done, job.case.case_id)
+            if isinstance(prepared, InputError):
+                if job.case.case_id not in refused:
+                    bar.say(f"refused {job.case.case_id}: {prepared}")
+                refused[job.case.case_id] = prepared
+                continue
             count = len(prepared.case.slices)
-            if done == 0:
+            if slices == 0:
                 bar.say(_size_line(cache, len(jobs), present, count, backbone.feature_shape))
             writer.submit(
                 job.case.case_id,
@@ -159,8 +166,13 @@ def fill_cache(
                 fingerprint=job.fingerprint,
             )
             slices += count
-            bar.update(done + 1, job.case.case_id)
         writer.finish()
+    if refused:
+        name, error = next(iter(refused.items()))
+        raise DataError(
+            f"{len(refused)} of {len(cases)} cases cannot be used, the others are in the cache; the first is {name!r}: "
+            f"{error}"
+        ) from error
     return CacheCounts(len(jobs), present, slices)
 
 
@@ -179,12 +191,15 @@ def _missing(cache: features.FeatureCache, cases: Sequence[tuple[Case, int]], se
 
 def _prepared_ahead(
     reader: futures.Executor, jobs: Iterable[_Job], prepare: Prepare, num_classes: int
-) -> Iterator[tuple[_Job, _Prepared]]:
-    """Prepare one case ahead in the reader's thread."""
+) -> Iterator[tuple[_Job, _Prepared | InputError]]:
+    """Prepare one case ahead in the reader's thread; a case that cannot be used comes as the error that says why."""
 
-    def prepared(job: _Job) -> _Prepared:
-        case = prepare(job.case, job.rng)
-        return _Prepared(case, _low_resolution(case, num_classes))
+    def prepared(job: _Job) -> _Prepared | InputError:
+        try:
+            case = prepare(job.case, job.rng)
+            return _Prepared(case, _low_resolution(case, num_classes))
+        except InputError as error:
+            return error
 
     waiting = None
     for job in jobs:
@@ -216,18 +231,8 @@ def case_encoder(backbone: Backbone, batch_size: int, mesh: Mesh) -> Callable[..
     the host, and no more than ``IN_FLIGHT`` are on the device.  ``between`` is called before each batch; it may raise.
     """
     batch_size = encoder_batch(batch_size, backbone.feature_shape, mesh)
-    split = sharding.batch_sharded(mesh)
-    place, forward = _placed(backbone, mesh)
+    place, compiled = batch_encoder(backbone, mesh)
     params = jax.device_put(backbone.encoder, place)
-    # A view per device: the compiler would gather the whole batch where the encoder loops over blocks of it.
-    per_device = jax.shard_map(
-        lambda params, frames: forward(params, frames).astype(jnp.bfloat16),
-        mesh=mesh,
-        in_specs=(jax.tree.map(lambda leaf: leaf.spec, place), split.spec),
-        out_specs=split.spec,
-        check_vma=False,
-    )
-    compiled = jax.jit(per_device, in_shardings=(place, split), out_shardings=split)
 
     def start(prepared: "preprocessing.PreparedCase", first: int) -> jax.Array:
         images = prepared.images[first : first + batch_size]
@@ -249,6 +254,27 @@ def case_encoder(backbone: Backbone, batch_size: int, mesh: Mesh) -> Callable[..
         return encoded
 
     return encode
+
+
+def batch_encoder(backbone: Backbone, mesh: Mesh) -> tuple[Any, Any]:
+    """Where the encoder's parameters lie, and the compiled ``(params, frames [b, S, S, 3]) -> features`` bfloat16.
+
+    ``b`` is a multiple of the devices; each encodes its own frames.
+
+    Raises:
+        UsageError: where the backbone cannot store its encoder in parts, and the mesh asks for that.
+    """
+    place, forward = _placed(backbone, mesh)
+    split = sharding.batch_sharded(mesh)
+    # A view per device: the compiler would gather the whole batch where the encoder loops over blocks of it.
+    per_device = jax.shard_map(
+        lambda params, frames: forward(params, frames).astype(jnp.bfloat16),
+        mesh=mesh,
+        in_specs=(jax.tree.map(lambda leaf: leaf.spec, place), split.spec),
+        out_specs=split.spec,
+        check_vma=False,
+    )
+    return place, jax.jit(per_device, in_shardings=(place, split), out_shardings=split)
 
 
 def _placed(backbone: Backbone, mesh: Mesh) -> tuple[Any, Callable[[Any, Any], Any]]:

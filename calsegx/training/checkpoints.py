@@ -11,6 +11,7 @@ every file, written last.  Layout of ``<workdir>/checkpoints``::
     500.set-aside       what a run found without a manifest or damaged, and moved out of the way
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -73,6 +74,8 @@ class Checkpoints:
             best_fn=_metric,
             best_mode="min",
             cleanup_tmp_directories=True,
+            # When a folder cannot be made in the background, Orbax waits ten minutes for it.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -93,7 +96,8 @@ class Checkpoints:
                 self.wait()
         finally:
             self._finisher.shutdown()  # also after an error: a save that goes on is finished
-            self._manager.close()
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # of a save, which ``wait`` has raised already
+                self._manager.close()
 
     def latest_step(self) -> int | None:
         """The newest step that was saved whole, or None."""

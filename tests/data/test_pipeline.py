@@ -1,4 +1,4 @@
-"""Training batches: deterministic, resumable, every slice once per epoch."""
+"""Training batches: deterministic, from any step on, every slice once per epoch, shared out to processes."""
 
 import ml_dtypes
 import numpy as np
@@ -31,8 +31,12 @@ def cache(tmp_path):
     return made
 
 
-def stream(cache, seed=0, batch_size=4, protocol="gt_points", views=VIEWS):
-    return pipeline.training_batches(cache, CASES, views, batch_size, seed, protocol)
+def data(cache, seed=0, batch_size=4, protocol="gt_points", views=VIEWS, **options):
+    return pipeline.training_data(cache, CASES, views, batch_size, seed, protocol, **options)
+
+
+def stream(cache, start=0, **options):
+    return iter(data(cache, **options).batches(start))
 
 
 def names(batches):
@@ -44,7 +48,7 @@ def take(iterator, count):
 
 
 def test_batch_content(cache):
-    batch = next(iter(stream(cache)))
+    batch = next(stream(cache))
     assert batch.features.shape == (4, 2, 2, 3) and batch.features.dtype == ml_dtypes.bfloat16
     assert batch.labels.shape == (4, 8, 8) and batch.labels.dtype == np.int32
     np.testing.assert_array_equal(batch.labels[:, 0, 0], names([batch]) // 100)
@@ -53,12 +57,12 @@ def test_batch_content(cache):
 
 
 def test_protocol_chooses_the_prompts(cache):
-    prompts = next(iter(stream(cache, protocol="gt_box"))).prompts
+    prompts = next(stream(cache, protocol="gt_box")).prompts
     assert prompts.boxes.shape == (4, 4) and prompts.points is None and prompts.labels is None
 
 
 def test_every_slice_once_per_epoch(cache):
-    seen = names(take(iter(stream(cache, batch_size=5)), 20)).reshape(10, 10)
+    seen = names(take(stream(cache, batch_size=5), 20)).reshape(10, 10)
     slices = seen // 100 * 100 + seen % 10
     for epoch in slices:
         assert sorted(epoch) == [0, 1, 2, 3, 4, 100, 101, 102, 103, 104]
@@ -69,20 +73,51 @@ def test_every_slice_once_per_epoch(cache):
 
 
 def test_deterministic_and_seeded(cache):
-    first = names(take(iter(stream(cache)), 8))
-    np.testing.assert_array_equal(first, names(take(iter(stream(cache)), 8)))
-    assert np.any(first != names(take(iter(stream(cache, seed=1)), 8)))
+    first = names(take(stream(cache), 8))
+    np.testing.assert_array_equal(first, names(take(stream(cache), 8)))
+    assert np.any(first != names(take(stream(cache, seed=1), 8)))
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3, 7])
-def test_resumes_exactly(cache, done):
-    whole = iter(stream(cache))
+def test_a_start_is_the_same_as_skipping(cache, done):
+    whole = stream(cache)
     take(whole, done)
-    state = whole.get_state()
-    rest = names(take(whole, 6))
-    resumed = iter(stream(cache))
-    resumed.set_state(state)
-    np.testing.assert_array_equal(names(take(resumed, 6)), rest)
+    np.testing.assert_array_equal(names(take(stream(cache, start=done), 6)), names(take(whole, 6)))
+
+
+def test_places_say_what_a_step_sees(cache):
+    found = data(cache)
+    assert found.steps_per_epoch == 2
+    for step, batch in enumerate(take(iter(found.batches(0)), 6)):
+        told = [100 * CASES.index(place.case_id) + 10 * int(place.view[-1]) + place.position
+                for place in found.places[step]]  # fmt: skip
+        np.testing.assert_array_equal(names([batch]), told)
+
+
+@pytest.mark.parametrize("options", [{}, {"paired": True}])
+@pytest.mark.parametrize("start", [0, 3])
+def test_shares_together_are_the_batches_of_one_process(cache, options, start):
+    whole = take(stream(cache, start, **options), 6)
+    shares = [take(stream(cache, start, share=(index, 2), **options), 6) for index in range(2)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert [len(part.features) for part in parts] == [2, 2]
+        np.testing.assert_array_equal(names(parts), names([batch]))
+        np.testing.assert_array_equal(np.concatenate([part.labels for part in parts]), batch.labels)
+
+
+def test_pairs_are_two_views_of_one_slice(cache):
+    found = names(take(stream(cache, batch_size=10, paired=True), 20)).reshape(20, 5, 2)
+    case, view, position = found // 100, found // 10 % 10, found % 10
+    assert np.all(case[..., 0] == case[..., 1]) and np.all(position[..., 0] == position[..., 1])
+    np.testing.assert_array_equal(np.sort(view), np.broadcast_to([0, 1], view.shape))
+    assert 20 < view[..., 0].sum() < 80  # 100 fair choices of which comes first; fixed by the seed
+    for epoch in found[..., 0].reshape(10, 10):
+        assert len(set(epoch // 100 * 100 + epoch % 10)) == 10  # every slice once
+
+
+def test_pairs_need_a_second_view(cache):
+    with pytest.raises(UsageError, match=r"needs two views of every slice; set --config.data.views=2"):
+        data(cache, views=["view0"], paired=True)
 
 
 def test_slice_that_one_view_lacks(cache):
@@ -95,18 +130,18 @@ def test_slice_that_one_view_lacks(cache):
         prompts=Prompts(points=np.zeros((1, 2, 2)), labels=np.ones((1, 2))),
         fingerprint="f",
     )
-    seen = set(names(take(iter(stream(cache, batch_size=10)), 20)))
+    seen = set(names(take(stream(cache, batch_size=10), 20)))
     assert {0, 1, 2, 3, 4, 13} == {name for name in seen if name < 100}
 
 
 def test_fewer_slices_than_a_batch(cache):
     with pytest.raises(UsageError, match=r"--config.batch_size=11 is more than the 10 training slices of 2 cases"):
-        stream(cache, batch_size=11)
+        data(cache, batch_size=11)
 
 
 def test_missing_view(cache):
     with pytest.raises(InputError, match="'a' has no view2"):
-        stream(cache, views=["view0", "view2"])
+        data(cache, views=["view0", "view2"])
 
 
 def test_missing_prompts_and_labels(cache):
@@ -132,3 +167,7 @@ def test_evaluation_batches(cache):
     assert sorted(real) == [0, 1, 2, 3, 4, 100, 101, 102, 103, 104]  # unaugmented, each once
     assert len(pipeline.evaluation_batches(cache, CASES, 4, "gt_points", 2)) == 2
     assert pipeline.evaluation_batches(cache, [], 4, "gt_points", 2) == []
+    shares = [pipeline.evaluation_batches(cache, CASES, 4, "gt_points", 10, (index, 2)) for index in range(2)]
+    for (batch, count), *parts in zip(batches, *shares, strict=True):
+        np.testing.assert_array_equal(names([part for part, _ in parts]), names([batch]))
+        assert [of_whole for _, of_whole in parts] == [count, count]

@@ -23,6 +23,8 @@ EFFECTS: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "calsam": ((0.04, -0.04), (0.0, -0.01)),
     "calsam+ts": ((0.04, -0.06), (0.0, -0.05)),
 }
+# Of the case's ECE.
+FACTORS = {"ECE": 1.0, "Brier": 0.8, "NLL": 2.0, "MCE": 1.4, "CECE": 0.6, "TACE": 0.5}
 UNTRAINED = ("prompt_only_disc", "vanilla_sam")
 
 
@@ -49,12 +51,11 @@ def rows(
                     score = np.clip(0.7 + dice + difficulty[case] + rng.normal(0, noise), 0, 1)
                     error = np.clip(0.1 + ece - difficulty[case] / 4 + rng.normal(0, noise / 4), 0, 1)
                     for name in (*class_names, evaluate.ALL):
-                        found += [
-                            evaluate.Row(*key, name, evaluate.DSC, evaluate.VOLUME, float(score), True),
-                            evaluate.Row(*key, name, evaluate.HD95, evaluate.VOLUME, float(20 - 15 * score), True),
-                        ]
-                    for region, scale in (("p>0.01", 1.0), ("dilated_truth", 1.2), ("all", 0.1)):
-                        for metric, factor in ((evaluate.ECE, 1.0), (evaluate.BRIER, 0.8), (evaluate.NLL, 2.0)):
+                        for metric in evaluate.OF_MASKS:
+                            value = score if evaluate.higher_is_better(metric) else 20 - 15 * score
+                            found.append(evaluate.Row(*key, name, metric, evaluate.VOLUME, float(value), True))
+                    for region, scale in (("p>0.01", 1.0), ("dilated", 1.2), ("all", 0.1), ("gt_fg", 1.5)):
+                        for metric, factor in FACTORS.items():
                             value = float(error * scale * factor)
                             found.append(evaluate.Row(*key, evaluate.ALL, metric, region, value, True))
     return found

@@ -66,12 +66,12 @@ def test_temperature_scaling_is_the_other_reference():
 def test_a_fixed_region_that_disagrees_is_said():
     rows = [
         dataclasses.replace(r, value=r.value + 0.2)
-        if (r.method, r.metric, r.region) == ("sam_fip", evaluate.ECE, "dilated_truth")
+        if (r.method, r.metric, r.region) == ("sam_fip", evaluate.ECE, "dilated")
         else r
         for r in with_effect(0.0, -0.04)
     ]
     sentence = about(report.verdict(record(rows)), "FIP on scanner A")
-    assert "On the same voxels for every method it says otherwise: ECE [dilated_truth] +0.1" in sentence
+    assert "On the same voxels for every method it says otherwise: ECE [dilated] +0.1" in sentence
 
 
 def test_methods_that_do_not_beat_the_prompt_are_named():
@@ -181,7 +181,7 @@ def test_the_whole_report_is_one_self_contained_file(tmp_path):
     assert "<b>phantoms & more</b>" in page.text  # escaped, so it is text
     assert "Source: scanner A" in page.text and "Gap: A to B" in page.text
     assert "scanner B (target), class oedema" in page.text
-    for name in ("HD95 [max_directed, empty=diagonal] (mm)", "ECE [dilated_truth]", "undef. 0/12"):
+    for name in ("HD95 [max_directed, empty=diagonal] (mm)", "ECE [dilated]", "undef. 0/12"):
         assert name in page.text
     assert report.headline(made) in page.text
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

@@ -12,7 +12,7 @@ import pytest
 from calsegx.data import cases as case_tools
 from calsegx.data import phantoms
 from calsegx.interfaces import DataError, InputError, UsageError
-from calsegx.training import checkpoints, loop
+from calsegx.training import checkpoints, model_folder
 from launch import cache_features, components, evaluate, predict, train
 
 
@@ -36,7 +36,7 @@ def test_training_leaves_a_log_and_a_model(runs):
     lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert all(line["penalty"] > 0 and 0 < line["cmp"] < 1 for line in lines if "loss" in line)
-    params, model = loop.load_model(runs[1])
+    params, model = model_folder.load(runs[1])
     assert model["class_names"] == ["whole_tumour"] and model["class_ids"] == [[1, 2, 3]]
     assert model["config"]["protocol"] == "gt_points"
     start = components.of_model(model, "").backbone.trainable
@@ -72,7 +72,7 @@ def test_evaluation_has_every_method_on_both_scanners(record):
 def test_evaluation_writes_its_files(record):
     folder, result = record
     assert {p.name for p in folder.iterdir()} == {
-        *("cases.csv", "summary.json", "table.md", "temperatures.json", "report.html")
+        *("cases.csv", "summary.json", "table.md", "temperatures.json", "report.html", "SHA256SUMS")
     }
     with (folder / "cases.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == len(result.rows)
@@ -154,7 +154,7 @@ def test_nothing_that_was_trained_on_is_scored(runs, tmp_path, dataset):
     shutil.copytree(dataset, copied)
     with pytest.raises(DataError, match="'subject001_A' holds the same files as case 'subject001_A'"):
         evaluate.evaluate(runs[:1], tmp_path / "evaluation", str(copied))
-    _, model = loop.load_model(runs[0])
+    _, model = model_folder.load(runs[0])
     test = components.of_model(model, "").select("test")
     model["seen"]["val"][0]["subject_id"] = test[0].subject_id
     with pytest.raises(DataError, match=f"'{test[0].case_id}' is of subject"):
@@ -168,13 +168,13 @@ def test_another_protocol_is_refused(runs, tmp_path):
 
 def test_runs_that_differ_are_not_compared(runs, tmp_path, config):
     other = tmp_path / "other"
-    params, model = loop.load_model(runs[0])
+    params, model = model_folder.load(runs[0])
     model["config"]["protocol"] = "gt_box"
-    loop.save_model(other, params, model)
+    model_folder.save(other, params, model)
     with pytest.raises(UsageError, match="differ in protocol .'gt_box' and 'gt_points'."):
         evaluate.evaluate([runs[0], other], tmp_path)
     model["config"]["protocol"], model["seen"]["val"] = "gt_points", []
-    loop.save_model(other, params, model)
+    model_folder.save(other, params, model)
     with pytest.raises(UsageError, match="differ in training or validation cases"):
         evaluate.evaluate([runs[0], other], tmp_path)
     with pytest.raises(UsageError, match="repeats sam_ft with seed 42"):

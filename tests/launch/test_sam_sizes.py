@@ -8,7 +8,7 @@ import pytest
 
 from calsegx import configs, features
 from calsegx.interfaces import InputError
-from calsegx.training import loop
+from calsegx.training import model_folder
 from launch import components, predict, train
 from tests.models.test_backbone import PATCH16, save_random
 from weights_conversion import convert_sam
@@ -22,7 +22,7 @@ def test_another_sam_goes_the_whole_way(config, tmp_path):
     config = dataclasses.replace(config, model=model, data=data, steps=2, protocol="gt_box")
     train.train(config, tmp_path / "run")
 
-    params, record = loop.load_model(tmp_path / "run")
+    params, record = model_folder.load(tmp_path / "run")
     assert params["mask_tokens"].shape == (1, 32)
     assert record["config"]["model"] == dataclasses.asdict(model)
     assert json.loads((tmp_path / "cache" / "signature.json").read_text())["dtype"] == "bfloat16"

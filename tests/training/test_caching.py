@@ -105,18 +105,18 @@ def test_views_depend_on_seed_and_case_alone(tmp_path, cases, mesh):
     np.testing.assert_array_equal(plain[0], plain[2])
 
 
-def test_bad_case_keeps_what_was_done(tmp_path, cases, mesh):
+def test_a_bad_case_stops_no_other(tmp_path, cases, mesh):
     cache = features.FeatureCache.open(tmp_path / "cache", {})
     good = Preparation()
 
     def prepare(case, rng):
-        if case.case_id == "b":
-            raise DataError("b.nii.gz is truncated")
+        if case.case_id == "a":
+            raise DataError("a.nii.gz is truncated")
         return good(case, rng)
 
-    with pytest.raises(DataError, match="b.nii.gz is truncated"):
+    with pytest.raises(DataError, match=r"1 of 2 cases cannot be used, .* the first is 'a': a.nii.gz is truncated"):
         fill(cache, cases, prepare, mesh)
-    assert fill(cache, cases, good, mesh) == (2, 2, 4)
+    assert fill(cache, cases, good, mesh) == (2, 2, 6)
 
 
 def test_case_without_labels(tmp_path, cases, mesh):
