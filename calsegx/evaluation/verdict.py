@@ -172,7 +172,8 @@ def _missing(record: Record) -> list[str]:
     present = {row.method for row in record.rows}
     if methods.BASELINE not in present:
         return ["SAM-FT: not evaluated, so nothing can be said about what FIP and CMP add to it."]
-    absent = [word for name, word in methods.ADDITIONS.items() if name not in present]
+    plain = {name.partition(":")[0] for name in present}
+    absent = [word for name, word in methods.ADDITIONS.items() if name not in plain]
     sentences = [f"Not evaluated: {', '.join(absent)}."] if absent else []
     if methods.BASELINE + methods.CALIBRATED not in present:
         sentences.append("Not evaluated: SAM-FT with temperature scaling, which alone often repairs most of the ECE.")

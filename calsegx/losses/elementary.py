@@ -70,7 +70,7 @@ def log_sum_exp(centred: Float[Array, "*shape K"]) -> Float[Array, "*shape"]:
 def _log_sum_exp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (logits,), (tangent,) = primals, tangents
     values = log_sum_exp(logits)
-    return values, jnp.sum(jnp.exp(logits - values[..., None]) * tangent, axis=-1)
+    return values, jnp.sum(jnp.exp(logits - for_every_class(values, logits.shape[-1])) * tangent, axis=-1)
 
 
 def log_softmax(logits: Float[Array, "*shape K"]) -> Float[Array, "*shape K"]:

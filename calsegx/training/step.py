@@ -117,7 +117,15 @@ def make_train_step(
         confidence penalty ``cmp`` (without its weight); of CRaC ``crac``; with the Fisher penalty ``penalty`` and
         ``ratio`` (penalty over loss), both without the weight, ``feature_gradient_norm`` and, of ``perturbed``,
         ``shift``.  The function's ``lower(state, batch)`` is that of ``jax.jit``; it takes abstract arrays.
+
+    Raises:
+        UsageError: for a loss of paired views that the devices would take apart; from ``fisher.value_and_grad``.
     """
+    if getattr(objective.task, "paired", False) and config.batch_size // mesh.size % 2:
+        raise UsageError(
+            f"--config.loss compares two views of every slice, which must be on one device: make --config.batch_size="
+            f"{config.batch_size} a multiple of {2 * mesh.size}, twice the number of devices."
+        )
     with_fisher, with_confidence, _ = configs.METHODS[config.method]
     with_fisher = with_fisher and config.fisher.weight > 0
     with_confidence = with_confidence and config.cmp.weight > 0

@@ -47,6 +47,39 @@ def test_binary_numbers_by_hand():
     assert get(rows, evaluate.HD95).value == pytest.approx(2.0)
 
 
+def test_the_further_numbers_by_hand():
+    truth = cube()
+    probabilities = np.zeros((*truth.shape, 1), np.float32)
+    probabilities[2:4, 3:7, 3:9] = 0.8  # 48 voxels, 32 of them foreground
+    probabilities[5, 0, 0] = 0.6  # a lesion that does not exist
+    rows, sums = evaluate.evaluate_case(probabilities, truth, SPACING, ["tumour"], KEY)
+    assert get(rows, evaluate.PRECISION).value == pytest.approx(32 / 49)
+    assert get(rows, evaluate.RECALL).value == 1
+    assert get(rows, evaluate.VOLUME_DIFFERENCE).value == pytest.approx(17 * 2 / 1000)
+    assert get(rows, evaluate.LESION_F1).value == pytest.approx(2 * 0.5 / 1.5)
+    # Two slices thick, so every voxel is of the surface: 32 and 49; 8 of these are 1 mm from the truth, 8 are 2 mm.
+    stray = math.sqrt(4**2 + 3**2 + 3**2)
+    assert get(rows, evaluate.ASSD).value == pytest.approx((8 * 1 + 8 * 2 + stray) / (32 + 49))
+    assert get(rows, evaluate.NSD).value == pytest.approx(80 / 81)
+    region = "p>0.01"
+    gaps = [48 / 49 * (0.8 - 32 / 48), 1 / 49 * 0.6]  # of the foreground's bins
+    assert get(rows, evaluate.CECE, region=region).value == pytest.approx(sum(gaps), abs=1e-6)
+    assert get(rows, evaluate.MCE, region=region).value == pytest.approx(0.6, abs=1e-6)
+    assert 0 < get(rows, evaluate.TACE, region=region).value < 1
+    # On the true foreground alone a perfect mask with doubt looks wrong, and the stray lesion is not seen.
+    assert get(rows, evaluate.ECE, region="gt_fg").value == pytest.approx(0.2, abs=1e-6)
+    assert sums["gt_fg"].voxels == 32
+    assert {row.region for row in rows} == {evaluate.VOLUME, *evaluate.REGIONS}
+
+
+def test_calibration_is_measured_on_the_regions_that_are_asked_for():
+    truth = cube()
+    rows, sums = evaluate.evaluate_case(truth[..., None] * 0.4, truth, SPACING, ["tumour"], KEY, ("union", "pred_fg"))
+    assert list(sums) == ["union", "pred_fg"]
+    assert (sums["union"].voxels, sums["pred_fg"].voxels) == (32, 0)
+    assert not get(rows, evaluate.CECE, region="pred_fg").defined
+
+
 def test_a_missed_class_counts_as_undefined_and_costs_the_diagonal():
     truth = cube()
     rows, _ = evaluate.evaluate_case(np.zeros((*truth.shape, 1)), truth, SPACING, ["tumour"], KEY)

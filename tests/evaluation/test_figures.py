@@ -63,6 +63,16 @@ def test_scatter_leaves_undefined_methods_out():
     assert pixels(figures.dice_against_ece(points, "p>0.01")).size
 
 
+def test_fifteen_methods_with_long_names_leave_room_for_the_axes():
+    names = [f"sam_ft:sam + {i}*mbls_penalty(margin=5)" for i in range(15)]
+    few = {"A": {name: (0.7, 0.1) for name in ("sam_ft", "calsam")}}
+    many = {"A": {name: (0.7, 0.01 * i) for i, name in enumerate(names)}}
+    few, many = (pixels(figures.dice_against_ece(points, "p>0.01")).shape for points in (few, many))
+    assert many[1] > 1.3 * few[1] and many[0] > few[0]
+    styles = [tuple(figures._marker(name, index).values()) for index, name in enumerate(names[:10])]
+    assert len(set(styles)) == 10
+
+
 def test_matplotlib_is_imported_only_when_something_is_drawn():
     for path in pathlib.Path(figures.__file__).parent.glob("*.py"):
         top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]

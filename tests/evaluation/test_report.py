@@ -117,6 +117,19 @@ def test_what_was_not_run_is_said():
     assert report.headline(record([])) == "There are no results."
 
 
+def test_other_trainings_are_judged_against_sam_ft_too():
+    """The same method with another loss, or another weight of a penalty."""
+    renamed = {"sam_fip": "sam_ft:sam + 0.1*mbls_penalty", "sam_cmp": "sam_cmp:CMP 0.25"}
+    rows = [
+        dataclasses.replace(r, method=renamed.get(r.method, r.method))
+        for r in synthetic.rows(["sam_ft", "sam_fip", "sam_cmp"], noise=0.005)
+    ]
+    sentences = report.verdict(record(rows))
+    assert "helps against SAM-FT" in about(sentences, "SAM-FT (sam + 0.1*mbls_penalty) on scanner B (target)")
+    assert about(sentences, "SAM-FT + CMP (CMP 0.25) on scanner A (source)")
+    assert "Not evaluated: FIP, FIP + CMP." in sentences
+
+
 def test_undefined_metrics_and_absent_classes_are_said():
     rows = [
         dataclasses.replace(r, value=math.nan, defined=False)
@@ -127,6 +140,8 @@ def test_undefined_metrics_and_absent_classes_are_said():
     sentences = report.verdict(record(rows))
     assert about(sentences, "Class core on scanner A").endswith("of SAM-FT.")
     assert "undefined in every case of SAM-FT" in about(sentences, f"{evaluate.HD95} on scanner B")
+    nothing = [dataclasses.replace(r, value=math.nan, defined=False) for r in rows]
+    assert sum("undefined in every case of SAM-FT" in s for s in report.verdict(record(nothing))) == 2  # one per domain
 
 
 class Page(HTMLParser):
@@ -182,6 +197,8 @@ def test_the_whole_report_is_one_self_contained_file(tmp_path):
     assert "Source: scanner A" in page.text and "Gap: A to B" in page.text
     assert "scanner B (target), class oedema" in page.text
     for name in ("HD95 [max_directed, empty=diagonal] (mm)", "ECE [dilated]", "undef. 0/12"):
+        assert name in page.text
+    for name in ("Further metrics", "ECE [gt_fg] (selected by the label)", "lesion F1", "gt_fg is the true foreground"):
         assert name in page.text
     assert report.headline(made) in page.text
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

@@ -14,6 +14,9 @@ def test_methods_come_in_display_order_and_unknown_ones_last():
     assert methods.order(given) == ["prompt_only_disc", "sam_ft", "calsam", "calsam+ts", "mine", "other"]
     assert methods.display("sam_fip+ts") == "SAM-FT + FIP + TS"
     assert methods.display("mine") == "mine"
+    assert methods.display("sam_ft:sam + 0.1*mbls_penalty(margin=5)+ts") == (
+        "SAM-FT (sam + 0.1*mbls_penalty(margin=5)) + TS"
+    )
 
 
 def test_cases_are_written_in_long_format(tmp_path):
@@ -71,7 +74,8 @@ def test_overview_marks_the_best_and_counts_the_undefined():
     source, target, gap = tables.overview(rows, "A", ["B"], "scanner")
     assert (source.title, target.title, gap.title) == ("Source: scanner A", "Target: scanner B", "Gap: A to B")
     cells = dict(target.rows)
-    assert [c.best for c in cells["calsam"]][:3] == [True, True, True]
+    # Not where the label selects the voxels: there the over-confident may win.
+    assert [c.best for c in cells["calsam"]] == [c.region != "gt_fg" for c in tables.COLUMNS]
     assert not any(c.best for c in cells["sam_ft"])
     assert cells["calsam"][1].note == "undef. 2/8"  # one case, two seeds
     assert cells["sam_ft"][1].note == "undef. 0/8"
@@ -84,7 +88,7 @@ def test_overview_says_what_is_missing():
     rows = [
         dataclasses.replace(r, value=math.nan, defined=False) if r.metric == evaluate.HD95 else r
         for r in synthetic.rows(["sam_ft"], domains=["A"], seeds=(42,), cases=2)
-        if r.metric != evaluate.BRIER
+        if r.metric != evaluate.NLL
     ]
     blocks = tables.overview(rows, "A", ["B"])
     cells = blocks[0].rows[0][1]
@@ -103,3 +107,15 @@ def test_markdown_has_a_line_for_every_method_and_the_definitions():
     assert sum(line.startswith("| CalSAM + TS |") for line in lines) == 3
     for column in tables.COLUMNS:
         assert f"* {column.title}: {column.definition}." in lines
+    assert "ECE [gt_fg] (selected by the label)" in lines[0]
+
+
+def test_the_further_metrics_have_a_table_of_their_own():
+    rows = synthetic.rows(["sam_ft", "calsam"], cases=3)
+    shown = {(c.metric, c.region) for c in (*tables.COLUMNS, *tables.MORE_COLUMNS)}
+    assert {metric for metric, _ in shown} == {row.metric for row in rows}
+    blocks = tables.overview(rows, "A", ["B"], "scanner", tables.MORE_COLUMNS)
+    text = tables.markdown(blocks, tables.MORE_COLUMNS)
+    assert "not measured" not in text
+    for title in ("NSD@2mm", "lesion F1", "absolute volume difference (ml)", "TACE [p>0.01]"):
+        assert title in text.splitlines()[0]

@@ -36,7 +36,8 @@ MOMENTS = {
     "start": ("", 1.5, 1),  # from the first moment
     "encoding": ("Feature cache", 1.0, 2),
     "compiling": ("Training", 5.0, 1),
-    "training and saving": ("/12 steps", 3.0, 6),
+    "training": ("/12 steps", 1.0, 2),
+    "saving": ("saved step", 1.5, 5),
 }
 
 
@@ -199,9 +200,8 @@ def main() -> None:
         for what, number in sorted(done.items()):
             print(f"{number:5d}  {what}")
         codes = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
-        print(
-            f"{signals(inputs, folder, folder / 'whole_calsam', codes, 'calsam'):5d}  signals: exit codes 143, 130, 143"
-        )
+        signals(inputs, folder, folder / "whole_calsam", codes, "calsam")
+        print("SIGTERM, SIGINT and SIGUSR1: saved, exit codes 143, 130 and 143, and gone on with to the same end")
         print(f"a second signal: {second_signal(inputs, folder):.2f} s")
         two_processes(inputs, folder)
         print("two processes: the second is refused, and after kill -9 of the first the folder is free")

@@ -37,8 +37,9 @@ def trained(config, tmp_path_factory):
             rotation = 0.0 if loss == "bwcr" else config.data.rotation_degrees
             data = dataclasses.replace(config.data, rotation_degrees=rotation, cache=str(folder / f"views {rotation}"))
             model = configs.ModelConfig(weights=str(folder / "sam"))
-            found[key] = folder / str(len(found)), dataclasses.replace(
-                config, method=method, loss=loss, steps=2, data=data, model=model, **changes
+            found[key] = (
+                folder / str(len(found)),
+                dataclasses.replace(config, method=method, loss=loss, steps=2, data=data, model=model, **changes),
             )
             train.train(found[key][1], found[key][0])
         return found[key]

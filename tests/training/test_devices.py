@@ -139,6 +139,14 @@ except UsageError as error:
     assert "--config.batch_size=6 cannot be split evenly over 4 devices" in str(error)
 else:
     raise AssertionError("a batch of 6 was split over 4 devices")
+try:
+    config = toy.config(method="sam_ft", batch_size=4)
+    objective = toy.objective(config, task="bwcr")
+    train_step.make_train_step(backbone.decode, backbone.frozen, objective, config, optimizer, mesh)
+except UsageError as error:
+    assert "make --config.batch_size=4 a multiple of 8" in str(error)
+else:
+    raise AssertionError("pairs were split over 4 devices")
 print(json.dumps([sum(leaf.nbytes for leaf in jax.tree.leaves(backbone.trainable)), found]))
 """
 
