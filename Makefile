@@ -32,6 +32,7 @@ bench: $(VENV)/.tests-$(TORCH)
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.encoder --models=vit_b
 	$(BIN)/python -m benchmarks.fisher_penalty
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.metrics
 
 gallery: setup

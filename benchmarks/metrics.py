@@ -88,8 +88,9 @@ def run(options: flags.FlagValues) -> list[measure.Row]:
     for name in options.tables:
         found = table(name, options)
         rows += found
-        texts.append("\n".join(measure.table(found, COLUMNS | EXTRA[name])))
-        print(f"\n{name}: {found[0]['device']}\n\n{texts[-1]}\n", flush=True)
+        title = "{}: {device}, load average {load:.1f} before the run".format(name, **found[0])
+        texts.append("\n".join([title, "", *measure.table(found, COLUMNS | EXTRA[name])]))
+        print(f"\n{texts[-1]}\n", flush=True)
     if options.page:
         write_page(pathlib.Path(options.page), texts)
     if options.json:

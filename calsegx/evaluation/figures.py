@@ -110,7 +110,8 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
     runs = list(dict.fromkeys(map(_method, logs)))
     columns = min(len(shown), 2)
     tall = math.ceil(len(shown) / columns)
-    figure = _figure(4.4 * columns, 2.9 * tall + 0.4)
+    fitting = max(1, min(4, int(4.4 * columns / _legend_width(map(methods.display, runs)))))
+    figure = _figure(4.4 * columns, 2.9 * tall + 0.2 + 0.2 * math.ceil(len(runs) / fitting))
     panels = figure.subplots(tall, columns, squeeze=False)
     for axes in panels.flat[len(shown) :]:
         axes.remove()
@@ -136,7 +137,6 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
         axes.locator_params(axis="x", nbins=5)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    fitting = max(1, min(4, int(4.4 * columns / _legend_width(once))))
     figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=fitting, fontsize=9, frameon=False)
     return _png(figure)
 
