@@ -94,6 +94,7 @@ class Steps:
         self._step, self._state, self._batch = step, state, batch
 
     def __call__(self) -> None:
+        """Take a step, and wait for it."""
         self._state, _ = jax.block_until_ready(self._step(self._state, self._batch))
 
 
