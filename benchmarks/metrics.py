@@ -88,7 +88,7 @@ def run(options: flags.FlagValues) -> list[measure.Row]:
     for name in options.tables:
         found = table(name, options)
         rows += found
-        title = "{}: {device}, load average {load} before the run".format(name, **found[0])
+        title = "{}: {device}, load average {load:.1f} before the run".format(name, **found[0])
         texts.append("\n".join([title, "", *measure.table(found, COLUMNS | EXTRA[name])]))
         print(f"\n{texts[-1]}\n", flush=True)
     if options.page:

@@ -152,7 +152,11 @@ def objective(config: configs.TrainConfig, num_classes: int) -> train_step.Objec
     confidence = losses.registry.bind("cmp", {"threshold": config.cmp.threshold, "temperature": config.cmp.temperature})
     logits = jax.ShapeDtypeStruct((2, 4, 4, 1 if num_classes == 1 else num_classes + 1), np.float32)
     for loss in (task, penalised):
-        jax.eval_shape(loss, logits, jax.ShapeDtypeStruct((2, 4, 4), np.int32))  # e.g. bce of several classes
+        try:
+            jax.eval_shape(loss, logits, jax.ShapeDtypeStruct((2, 4, 4), np.int32))  # e.g. bce of several classes
+        except (TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"The loss {loss.text!r} cannot be computed ({reason}); check its options.") from error
     if penalised.paired:
         raise UsageError(f"--config.fisher.loss={penalised.text!r} ties samples together; use one that does not.")
     if task.paired:

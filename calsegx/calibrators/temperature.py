@@ -121,9 +121,13 @@ def margins(logits: Float[np.ndarray, "n L"], labels: Integer[np.ndarray, " n"])
 def solve(differences: Float[np.ndarray, "n K"]) -> tuple[float, str]:
     """The optimal temperature for these margins, or 1 and the reason why there is none."""
     if separable(differences):
-        return 1.0, f"the likelihood still rises at T = {LOWEST}: (almost) no voxel is wrong"
+        return 1.0, (
+            f"the likelihood has no maximum above T = {LOWEST}: (almost) no voxel is wrong, or the logits hardly differ"
+        )
     if slope(differences, 1 / HIGHEST) >= 0:
-        return 1.0, f"the likelihood still rises at T = {HIGHEST:g}: the logits say nothing about the labels"
+        return 1.0, (
+            f"the likelihood has no maximum below T = {HIGHEST:g}: the logits say nothing about the labels, or are huge"
+        )
     bounds = np.log(LOWEST), np.log(HIGHEST)
     root = scipy.optimize.brentq(lambda t: slope(differences, np.exp(-t)), *bounds, xtol=1e-12)
     return float(np.exp(root)), ""

@@ -13,6 +13,7 @@ MbLS's ``mu`` and step schedules (Murugesan et al., 2023) are the first and the 
 
 import ast
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -128,7 +129,10 @@ def _term(node: ast.expr, text: str, outside: Mapping[str, str]) -> Term:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         weight, node = _weight(node.left, text), node.right
     name, options = _call(node, f"The loss {text!r}", f"weighted loss, {ast.unparse(node)!r}; {_FORM}", outside)
-    return Term(name, weight, losses.registry.bind(name, options))
+    bound = losses.registry.bind(name, options)
+    if ":" not in name:
+        _check_options(text, name, options)
+    return Term(name, weight, bound)
 
 
 def _call(node: ast.expr, what: str, missed: str, outside: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
@@ -143,16 +147,38 @@ def _call(node: ast.expr, what: str, missed: str, outside: Mapping[str, str]) ->
     return outside.get(node.id, node.id), options
 
 
+def _check_options(text: str, name: str, options: Mapping[str, Any]) -> None:
+    """Each value must be of its default's kind, and a number finite and at least 0; a few above 0."""
+    parameters = inspect.signature(losses.get(name)).parameters
+    for option, value in options.items():
+        default = parameters[option].default
+        number = isinstance(default, int | float) and not isinstance(default, bool) or default is None
+        if number:
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+            kind = "a number of at least 0"
+            if option in ("temperature", "sigma", "radius"):
+                fits, kind = fits and value > 0, "a number above 0"
+        else:
+            fits = isinstance(value, type(default))
+            kind = "True or False" if isinstance(default, bool) else "a word"
+        if not fits:
+            raise UsageError(f"The loss {text!r} has {name}({option}={value!r}); {option} must be {kind}.")
+
+
 def _weight(node: ast.expr, text: str) -> Weight:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in SCHEDULES:
-        values = [_number(value, text) for value in node.args]
+        schedule = SCHEDULES[node.func.id]
+        named = {keyword.arg or "": _number(keyword.value, text) for keyword in node.keywords}
         try:
-            schedule = SCHEDULES[node.func.id](*values, **{k.arg or "": _number(k.value, text) for k in node.keywords})
+            given = inspect.signature(schedule).bind(*(_number(value, text) for value in node.args), **named).arguments
         except TypeError as error:
             raise UsageError(f"The loss {text!r} has a schedule with other arguments ({error}).") from error
-        if values[2:] and not 0 < values[2] <= 1:
-            raise UsageError(f"The loss {text!r} has a schedule over {values[2]} of the run; give a share in (0, 1].")
-        return schedule
+        for name, value in given.items():
+            if name in ("until", "every") and not 0 < value <= 1:
+                raise UsageError(f"The loss {text!r} has a schedule over {value} of the run; give a share in (0, 1].")
+            if value < 0:
+                raise UsageError(f"The loss {text!r} has a schedule with {name}={value}; weights must be at least 0.")
+        return schedule(**given)
     number = _number(node, text)
     if number < 0:
         raise UsageError(f"The loss {text!r} has the weight {number}; weights must be at least 0.")

@@ -75,14 +75,14 @@ class CalibrationStatistics:
 
     def update(self, probabilities: Array, labels: Array) -> "CalibrationStatistics":
         """These statistics with more voxels, as for ``calibration_statistics``, whose errors it raises."""
-        total = self
+        total, floor = self, probability_floor(np.asarray(probabilities).dtype)
         for rows, part in binned.chunks(probabilities, labels):
             if (np.ndim(probabilities) == 1) != self.binary or len(rows) != len(self.label_count):
                 raise InputError(
                     f"Probabilities have shape {np.shape(probabilities)}, expected those of {self._kind()}; keep one "
                     "set of statistics per problem."
                 )
-            total = total + replace(self, **_sums(rows, part, self.bins, self.binning, self.above))
+            total = total + replace(self, **_sums(rows, part, self.bins, self.binning, self.above, floor))
         return total
 
     def ece(self) -> float:
@@ -172,7 +172,7 @@ class CalibrationStatistics:
         return total if kind == "sum" else total / len(self.brier_sum)
 
     def nll(self) -> float:
-        """Mean of ``-log p_y`` in nats, at most 24 log 2 = 16.6; NaN without voxels."""
+        """Mean of ``-log p_y`` in nats, NaN without voxels; of float32 probabilities at most 24 log 2 = 16.6."""
         return self._per_voxel(self.nll_sum)
 
     def reliability_curve(self) -> ReliabilityCurve:
@@ -224,8 +224,8 @@ def calibration_statistics(
                     lowest class wins a tie
         foreground  confidence p, "correct" when the voxel is foreground: a binary problem's reliability curve
 
-    They are different numbers: name the score beside an ECE.  In the NLL alone, probabilities below 2^-24
-    count as 2^-24.
+    They are different numbers: name the score beside an ECE.  In the NLL alone, float32 probabilities
+    below 2^-24 count as 2^-24, float64 ones below 2^-1022 as that.
 
     Args:
         probabilities: [V], foreground probability of a binary problem, or [V, K], a softmax with K >= 2; of
@@ -285,7 +285,7 @@ def empty(
     )
 
 
-def _sums(rows: np.ndarray, labels: np.ndarray, bins: int, binning: str, above: float | None) -> dict:
+def _sums(rows: np.ndarray, labels: np.ndarray, bins: int, binning: str, above: float | None, floor: float) -> dict:
     """The summed fields of ``CalibrationStatistics`` of one chunk: rows [K, n], labels [n]."""
     classes, voxels = rows.shape
     # One histogram per class over (is the top label) x (is the label) x slot gives the bins of the top label and of
@@ -319,8 +319,13 @@ def _sums(rows: np.ndarray, labels: np.ndarray, bins: int, binning: str, above: 
         "label_count": each.hit_sum.sum(axis=-1),
         "brier_sum": brier_sum,
         "top_label_brier_sum": _square_sum(confidence - correct),
-        "nll_sum": float(-np.log(np.maximum(of_label, PROBABILITY_FLOOR)).sum(dtype=np.float64)),
+        "nll_sum": float(-np.log(np.maximum(of_label, floor)).sum(dtype=np.float64)),
     }
+
+
+def probability_floor(dtype: np.dtype) -> float:
+    """What counts as the lowest probability in the NLL: ``PROBABILITY_FLOOR``, or of float64 its smallest number."""
+    return float(np.finfo(np.float64).tiny) if dtype == np.float64 else PROBABILITY_FLOOR
 
 
 def _square_sum(values: np.ndarray) -> float:

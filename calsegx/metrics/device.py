@@ -101,7 +101,9 @@ def calibration_sums(
         label_count=_total(is_label & mask),
         brier_sum=_total(jnp.where(mask, (rows - is_label) ** 2, 0)),
         top_label_brier_sum=_total(jnp.where(mask, (confidence - correct) ** 2, 0)),
-        nll_sum=_total(jnp.where(mask, -jnp.log(jnp.maximum(of_label, calibration.PROBABILITY_FLOOR)), 0)),
+        nll_sum=_total(
+            jnp.where(mask, -jnp.log(jnp.maximum(of_label, calibration.probability_floor(of_label.dtype))), 0)
+        ),
     )
 
 

@@ -27,7 +27,7 @@ _DESCRIPTIONS = {
     "gt_fg": "true foreground only (selected by the label: misleading, for parity with papers)",
 }
 _LABEL_INDEPENDENT = ("all", "pred_fg")  # and every p>T
-_THRESHOLD = re.compile(r"p>(0|0?\.\d+)")
+_THRESHOLD = re.compile(r"p>(0|0?\.\d+|\d+(?:\.\d+)?e-\d+)")
 
 
 def region(

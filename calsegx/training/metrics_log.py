@@ -144,7 +144,7 @@ def tensorboard(folder: Path) -> Callable[[int, Mapping[str, Any]], None]:
         UsageError: when tensorboardX is not installed.
     """
     try:
-        import tensorboardX
+        import tensorboardX  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError(
             "--config.tensorboard needs the package tensorboardX; install it with pip install 'calsegx[tensorboard]'."

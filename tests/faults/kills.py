@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import tempfile
+import threading
 import time
 import warnings
 from concurrent import futures
@@ -39,6 +40,7 @@ MOMENTS = {
     "training": ("/12 steps", 1.0, 2),
     "saving": ("saved step", 1.5, 5),
 }
+_reading = threading.Lock()  # ``catch_warnings`` is for one thread at a time
 
 
 def kill_until_done(inputs: jobs.Inputs, folder: Path, kind: str, whole: Path, count: int, seed: int) -> dict:
@@ -109,7 +111,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 def _checkpoint(folder: Path) -> dict[str, object]:
     """The arrays of a checkpoint as bytes, and what was recorded beside them except for times."""
-    with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
+    with _reading, ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sharding info not provided")  # as they lie in the file is all that is asked
         state = reader.restore(folder / "state")
     found: dict[str, object] = {}

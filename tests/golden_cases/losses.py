@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from calsegx import losses
-from calsegx.losses import consistency, neighbourhood, smoothing
+from calsegx.losses import consistency, expression, neighbourhood, smoothing
 from tests.golden_cases import FLOAT32, FLOAT64, Case, Close, Left, maps
 
 DEGENERATE = " on degenerate input"
@@ -171,9 +171,17 @@ def mbls_squared(case: Case) -> dict[str, Any]:
 
 @maps("losses", r"CE \+ Dice\(no background", r"mbls_dice_m(?P<margin>[\d.]+)" + DEGENERATE)
 def mbls_dice(case: Case, margin: float | None = None) -> dict[str, Any]:
-    assert not case.hparams.get("include_background", False) and case.hparams.get("eps", 1e-5) == 1e-5, case.hparams
-    overlap = {"loss_dice": value(case, "dice", include_background=False)}
-    return mbls_terms(case, margin, distance="l1", dice=True) | overlap
+    hparams = case.hparams
+    options = {"include_background": hparams.get("include_background", False), "smooth": hparams.get("eps", 1e-5)}
+    overlap = {"loss_dice": value(case, "dice", **options)}
+    if options == {"include_background": False, "smooth": 1e-5}:
+        return mbls_terms(case, margin, distance="l1", dice=True) | overlap
+    constraint = f"margin={hparams.get('margin', margin)}, weight={hparams.get('alpha', 0.1)}"
+    dice = ", ".join(f"{name}={option!r}" for name, option in options.items())
+    total = expression.parse(f"mbls({constraint}) + dice({dice})")
+    result, gradient = evaluate(lambda z, labels: total(z, labels), case.logits, case.labels)
+    sums = {"value": Close(result, FLOAT64), "grad": Close(np.moveaxis(gradient, -1, 1), FLOAT64)}
+    return mbls_terms(case, margin, distance="l1") | overlap | sums
 
 
 def mbls_terms(case: Case, margin: float | None, *, distance: str, parity: str = "", **options: Any) -> dict[str, Any]:

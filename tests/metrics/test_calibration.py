@@ -201,6 +201,8 @@ def test_saturated_wrong_voxel_has_finite_nll():
     sums = calibration.calibration_statistics(np.array([1.0, 0.0], np.float32), np.array([0, 1]))
     assert sums.nll() == pytest.approx(24 * math.log(2))
     assert sums.brier() == 1.0 and sums.ece() == 1.0
+    exact = calibration.calibration_statistics(np.array([1e-12, 1 - 1e-12]), np.array([1, 0]))
+    assert exact.nll() == pytest.approx(12 * math.log(10))
 
 
 def test_calibrated_samples_have_small_ece_and_nll_equal_to_entropy():
