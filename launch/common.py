@@ -2,9 +2,11 @@
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 import jax
 from absl import app, flags, logging
@@ -38,12 +40,14 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1 or not any(word in str(error) for word in LOST):
                 raise
-            return _complain(
+            code = _complain(
                 InputError(
                     f"This process lost the others ({str(error).splitlines()[0]}); read what the first that ended "
                     "said, then start all of them again, with --resume where a step was saved."
                 )
             )
+            sys.stdout.flush()
+            os._exit(code)  # an orderly end would wait for the others, who are gone
         except interruption.Interrupted as stopped:
             print(stopped, file=sys.stderr)
             return stopped.exit_code
@@ -59,7 +63,14 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax and grain report every step at INFO
     memory.keep_freed_memory()
     _enable_compilation_cache()
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until training or encoding takes over, which saves first
+        signal.signal(number, _end)
     app.run(guarded, flags_parser=_parse)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    raise interruption.Interrupted(f"Stopped by {name}: there was nothing to save.", interruption.EXIT_CODES[number])
 
 
 def define_config() -> None:

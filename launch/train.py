@@ -47,10 +47,10 @@ def train(
     first = jax.process_index() == 0
     with locks.exclusive(workdir) if first else contextlib.nullcontext(), interruption.Stop() as stop:
         checkpoints.check_start(workdir / "checkpoints", resume)  # before hours of encoding
-        if first and not resume:  # a resumed run may be refused for other settings, and keeps the file it has
-            files.write_atomically(workdir / "config.json", json.dumps(configs.to_dict(config), indent=2) + "\n")
         cache = components.feature_cache(parts, workdir)
         components.fill_cache(parts, cache, {"train": config.data.views, "val": 1}, stop)
+        if first and not resume:  # a resumed run may be refused for other settings, and keeps the file it has
+            files.write_atomically(workdir / "config.json", json.dumps(configs.to_dict(config), indent=2) + "\n")
         summary = loop.train(
             config,
             parts.backbone,

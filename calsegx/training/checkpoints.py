@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent import futures
@@ -240,8 +241,8 @@ def check_start(folder: Path, resume: bool) -> int:
         found = f"found no whole checkpoint in {folder} ({'; '.join(damaged)})" if damaged else (
             f"found no checkpoint in {folder}")  # fmt: skip
         raise InputError(
-            f"--resume {found}; name the --workdir of the run to go on with, or leave --resume out to start a new run "
-            "(a run is never started afresh by --resume)."
+            f"--resume {found}; name the --workdir of the run to go on with, or leave --resume out to start afresh, "
+            "which --resume never does."
         )
     if steps and not resume:
         raise InputError(
@@ -304,7 +305,9 @@ def _metric(metrics: Mapping[str, float]) -> float:
 
 def _numbered(folder: Path) -> list[Path]:
     entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted((entry for entry in entries if entry.name.isdigit()), key=lambda entry: int(entry.name))
+    return sorted(
+        (entry for entry in entries if re.fullmatch("0|[1-9][0-9]*", entry.name)), key=lambda entry: int(entry.name)
+    )
 
 
 def _files(folder: Path) -> list[Path]:

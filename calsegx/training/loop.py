@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -179,7 +180,14 @@ def train(
                 last or step % config.validate_every == 0 or (saves and config.export == "best")
             )
             if logs or saves or updates:
-                values = watch.fetch_finite(config, waiting, memory, log, bar.say)
+                values = watch.fetch_finite(
+                    config,
+                    waiting,
+                    memory,
+                    log,
+                    bar.say,
+                    functools.partial(_save_last_good, saved, mesh, state, record, memory),
+                )
                 waiting.clear()
             if logs:
                 loss = values["loss"]
@@ -252,13 +260,16 @@ class _Watch:
         memory: Memory,
         log: metrics_log.MetricsLog,
         say: Callable[[str], None],
+        keep: Callable[[int], None],
     ) -> dict[str, float]:
         """The measurements of the last step; one copy from the device for all steps since the last time.
+
+        Before a step that cannot be trained on stops the run, ``keep`` is given the number of the last good one.
 
         The Fisher mode ``every_k`` leaves steps out: there those of the penalty are of the last step that computed it.
         """
         advice = (
-            f"this step was not trained on, and {self._kept()}; the slices of its batch are listed in {self._path}; "
+            f"this step was not trained on; the slices of its batch are listed in {self._path}; "
             "look at them, or train again in another --workdir with a lower --config.optimizer.learning_rate or "
             "--config.fisher.weight, or another --config.fisher.mode"
         )
@@ -271,8 +282,10 @@ class _Watch:
             try:
                 fisher.check_measurements(values, step, advice)
             except InputError as error:
-                self._write(step, str(error))
-                raise
+                keep(step - 1)
+                reason = f"{str(error).rstrip('.')}; {self._kept()}."
+                self._write(step, reason)
+                raise InputError(reason) from error
             if (step - 1) % every == 0:  # the step's own number is from 0
                 memory.of_penalty.update({n: values[n] for n in fisher.PENALTY_MEASUREMENTS if n in values})
             median = memory.losses.sees(values["loss"])
@@ -295,6 +308,22 @@ class _Watch:
             path = path.with_stem(f"{path.stem}_process{jax.process_index()}")
         content = {"step": step, "reason": reason, "slices": self._slices(step)}
         files.write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def _save_last_good(
+    saved: checkpoints.Checkpoints,
+    mesh: Mesh,
+    state: train_state.TrainState,
+    record: Mapping[str, Any],
+    memory: Memory,
+    step: int,
+) -> None:
+    """Save the state that a refused step left as it was, under the number of the step before it."""
+    saved.wait()
+    if step > (saved.latest_step() or 0):
+        good = state._replace(step=sharding.replicate(mesh, np.int32(step)))
+        saved.save(step, good, record, memory.to_json())
+        saved.wait()
 
 
 def _update_lagrangian(

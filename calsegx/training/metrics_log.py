@@ -149,9 +149,12 @@ def tensorboard(folder: Path) -> Callable[[int, Mapping[str, Any]], None]:
         raise UsageError(
             "--config.tensorboard needs the package tensorboardX; install it with pip install 'calsegx[tensorboard]'."
         ) from error
-    writer = tensorboardX.SummaryWriter(str(folder))
+    writers: list[Any] = []
 
     def write(step: int, values: Mapping[str, Any]) -> None:
+        if not writers:  # opened by the first entry, so that a folder that cannot be used stops no training either
+            writers.append(tensorboardX.SummaryWriter(str(folder)))
+        writer = writers[0]
         for name, value in values.items():
             if isinstance(value, int | float):
                 writer.add_scalar(name, value, step)

@@ -1,5 +1,7 @@
 """A progress bar on a terminal, plain lines elsewhere."""
 
+import os
+import sys
 import time
 from types import TracebackType
 
@@ -15,7 +17,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, unit: str, *, quiet: bool = False, seconds_between_lines: float = 10.0):
         self.title, self.total, self.unit = title, total, unit
-        self._console = console.Console(quiet=quiet)
+        self._console = _Console(quiet=quiet)
         self._between = seconds_between_lines
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
@@ -62,6 +64,15 @@ class Progress:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Console(console.Console):
+    """Goes silent when nobody reads any more (``| head``); rich's own ends the program."""
+
+    def on_broken_pipe(self) -> None:
+        """Send what follows to nowhere."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _duration(seconds: float) -> str:

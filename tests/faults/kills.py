@@ -161,14 +161,14 @@ def two_processes(inputs: jobs.Inputs, folder: Path) -> None:
     workdir = folder / "shared"
     arguments = inputs.arguments(workdir, "sam_ft", steps=10_000)
     first = jobs.Job(inputs, arguments)
-    jobs.expect(first.wait_for("saved step 3"), f"training did not start: {first.said()[-500:]}")
+    jobs.expect(first.wait_for("Feature cache"), f"it did not start: {first.said()[-500:]}")
     code, said = jobs.run(inputs, arguments)
     wanted = f"error: {workdir} is in use by another process ({first.process.pid} on "
     jobs.expect(code == 1 and wanted in said, f"the second process was not refused: {code}, {said[-300:]}")
     first.send(signal.SIGKILL)
     first.wait()
-    third = jobs.Job(inputs, [*arguments, "--resume"])
-    jobs.expect(third.wait_for("from step"), f"the run did not go on: {third.said()[-500:]}")
+    third = jobs.Job(inputs, arguments)
+    jobs.expect(third.wait_for("Training"), f"the folder was not free: {third.said()[-500:]}")
     third.send(signal.SIGKILL)
     third.wait()
 

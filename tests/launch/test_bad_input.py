@@ -148,7 +148,7 @@ def test_weights_that_are_none(config, tmp_path):
         train.train(dataclasses.replace(config, model=model), tmp_path / "run")
 
 
-def test_a_flipped_byte_in_a_checkpoint_is_noticed(config, tmp_path):
+def test_a_flipped_byte_in_a_checkpoint_is_noticed(config, tmp_path, capsys):
     run = tmp_path / "run"
     train.train(config, run)
     before = (run / "model" / "decoder.safetensors").read_bytes()
@@ -156,8 +156,9 @@ def test_a_flipped_byte_in_a_checkpoint_is_noticed(config, tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match="checkpoints/4 (is damaged|cannot be read)"):
-        train.train(config, run, resume=True)
+    train.train(config, run, resume=True)
+    said = capsys.readouterr().out
+    assert "Step 4 was skipped: its file state/" in said and "from step 2 to 4" in said
     assert (run / "model" / "decoder.safetensors").read_bytes() == before
 
 
