@@ -60,7 +60,7 @@ def rows_of(batch_size: int, classes: int, rounds: int) -> Iterator[measure.Row]
         optimizer = train_state.make_optimizer(config)
         task = expression.parse(configs.loss_expressions(config, classes)[0])
         objective = train_step.Objective(task, penalised, losses.get("cmp"))
-        lagrangian = train_state.init_lagrangian(config, classes + 1) if configs.METHODS[method].lagrangian else None
+        lagrangian = train_state.init_lagrangian(config, tiny, batch) if configs.METHODS[method].lagrangian else None
         step = train_step.make_train_step(tiny.decode, tiny.frozen, objective, config, optimizer, mesh)
         state = train_state.init_state(tiny.trainable, optimizer, mesh, lagrangian)
         flops[method] = measure.xla_cost(step.lower(state, batch).compile())[0]

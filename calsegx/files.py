@@ -30,7 +30,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):  # a folder that is not there, or not ours
             temporary.unlink()
         raise InputError(
-            f"{path} cannot be written ({error.strerror}); check the folder and the free space, then run again."
+            f"{path} cannot be written ({error.strerror}); free some space or check the folder, then run again."
         ) from error
 
 

@@ -28,6 +28,13 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
 
     def guarded(argv: Sequence[str]) -> int:
         del argv
+        code = attempt()
+        if code and jax.distributed.is_initialized():  # an orderly end would wait for the other processes
+            sys.stdout.flush()
+            os._exit(code)
+        return code
+
+    def attempt() -> int:
         try:
             _join_processes()
             main()
@@ -40,14 +47,12 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1 or not any(word in str(error) for word in LOST):
                 raise
-            code = _complain(
+            return _complain(
                 InputError(
                     f"This process lost the others ({str(error).splitlines()[0]}); read what the first that ended "
                     "said, then start all of them again, with --resume where a step was saved."
                 )
             )
-            sys.stdout.flush()
-            os._exit(code)  # an orderly end would wait for the others, who are gone
         except interruption.Interrupted as stopped:
             print(stopped, file=sys.stderr)
             return stopped.exit_code
@@ -70,7 +75,9 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
-    raise interruption.Interrupted(f"Stopped by {name}: there was nothing to save.", interruption.EXIT_CODES[number])
+    raise interruption.Interrupted(
+        f"Stopped by {name}: what was written by then is whole.", interruption.EXIT_CODES[number]
+    )
 
 
 def define_config() -> None:

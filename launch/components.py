@@ -114,7 +114,7 @@ def encode(
 
     With several processes each encodes its share, on its own devices, and all wait for the last.
     """
-    process = sharding.process()
+    process, asked = sharding.process(), stop or interruption.Stop()
     labelled = [(case, views) for case, views in cases if case.label is not None]
     advice = (
         "The device's memory does not hold the encoder and one batch of slices; set --config.model.encoder_batch=1, "
@@ -131,7 +131,7 @@ def encode(
             batch_size=components.config.model.encoder_batch,
             mesh=encoder_mesh(components.config),
             progress=process.index == 0,
-            between=_nothing if stop is None else lambda: stop.check(f"what was encoded is kept in {cache.root}."),
+            between=lambda: asked.check(f"what was encoded is kept in {cache.root}."),
         )
     sharding.wait_for_all("features encoded")
 
@@ -175,10 +175,6 @@ def _check_paired(config: configs.TrainConfig, text: str) -> None:
         raise UsageError(f"{needs}; make --config.batch_size and --config.microbatch even.")
     if configs.METHODS[config.method].fisher and config.fisher.mode == "stochastic":
         raise UsageError(f"{needs}, which --config.fisher.mode=stochastic would take apart; use exact or every_k.")
-
-
-def _nothing() -> None:
-    return None
 
 
 def metadata(components: Components, cache: FeatureCache, seen: Mapping[str, Sequence[Case]]) -> dict[str, Any]:

@@ -90,17 +90,15 @@ def identity(count: int) -> Float[np.ndarray, "K K1"]:
     return np.eye(count, count + 1)
 
 
-@calibrators.registry.register("vector")
-class Vector:
-    """Vector scaling ``w * z + b``, one weight and one bias per class (Guo et al., 2017, section 4.2).
-
-    A single logit gives ``a z + b``, i.e. Platt scaling.  The biases of a softmax sum to 0, which changes nothing.
-    """
+class _Affine:
+    """A calibrator whose params are ``weight`` and ``bias``."""
 
     spatial = False
+    name: str
 
-    @staticmethod
+    @classmethod
     def fit(
+        cls,
         logits: Float[np.ndarray, "*shape L"] | Iterable[tuple[np.ndarray, np.ndarray]],
         labels: Integer[np.ndarray, "*shape"] | None = None,
         *,
@@ -108,8 +106,25 @@ class Vector:
         seed: int = 0,
         provenance: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """``weight`` and ``bias`` of least negative log-likelihood; arguments and errors as in ``temperature.fit``."""
-        return _fit("vector", voxels.as_chunks(logits, labels), max_voxels, seed, provenance)
+        """``weight`` and ``bias`` of least negative log-likelihood; arguments and errors as in ``temperature.fit``.
+
+        Raises:
+            DataError: for more than two classes in Platt scaling, and as in ``temperature.fit``.
+        """
+        chunks = (voxels.check(*chunk) for chunk in voxels.as_chunks(logits, labels))
+        if cls.name == "platt":
+            chunks = (_log_odds(*chunk) for chunk in chunks)
+        return _fit(cls.name, chunks, max_voxels, seed, provenance)
+
+
+@calibrators.registry.register("vector")
+class Vector(_Affine):
+    """Vector scaling ``w * z + b``, one weight and one bias per class (Guo et al., 2017, section 4.2).
+
+    A single logit gives ``a z + b``, i.e. Platt scaling.  The biases of a softmax sum to 0, which changes nothing.
+    """
+
+    name = "vector"
 
     @staticmethod
     def apply(params: Mapping[str, Any], logits: Array, image: Array | None = None) -> Array:
@@ -119,25 +134,13 @@ class Vector:
 
 
 @calibrators.registry.register("matrix")
-class Matrix:
+class Matrix(_Affine):
     """Matrix scaling ``W z + b`` (Guo et al., 2017, section 4.2); for many classes prefer Dirichlet's penalties.
 
     Columns of W sum to 1 and b to 0, as at the start: adding a row to all rows changes nothing.
     """
 
-    spatial = False
-
-    @staticmethod
-    def fit(
-        logits: Float[np.ndarray, "*shape L"] | Iterable[tuple[np.ndarray, np.ndarray]],
-        labels: Integer[np.ndarray, "*shape"] | None = None,
-        *,
-        max_voxels: int = 100_000,
-        seed: int = 0,
-        provenance: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """``weight`` and ``bias`` of least negative log-likelihood; arguments and errors as in ``temperature.fit``."""
-        return _fit("matrix", voxels.as_chunks(logits, labels), max_voxels, seed, provenance)
+    name = "matrix"
 
     @staticmethod
     def apply(params: Mapping[str, Any], logits: Array, image: Array | None = None) -> Array:
@@ -147,26 +150,10 @@ class Matrix:
 
 
 @calibrators.registry.register("platt")
-class Platt:
+class Platt(_Affine):
     """Platt scaling ``a d + b`` of the log-odds ``d`` of two classes (Platt, 1999; without his smoothed targets)."""
 
-    spatial = False
-
-    @staticmethod
-    def fit(
-        logits: Float[np.ndarray, "*shape L"] | Iterable[tuple[np.ndarray, np.ndarray]],
-        labels: Integer[np.ndarray, "*shape"] | None = None,
-        *,
-        max_voxels: int = 100_000,
-        seed: int = 0,
-        provenance: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """``weight`` a and ``bias`` b of least negative log-likelihood; arguments as in ``temperature.fit``.
-
-        Raises:
-            DataError: for more than two classes, and as in ``temperature.fit``.
-        """
-        return _fit("platt", map(_log_odds, voxels.as_chunks(logits, labels)), max_voxels, seed, provenance)
+    name = "platt"
 
     @staticmethod
     def apply(params: Mapping[str, Any], logits: Array, image: Array | None = None) -> Array:
@@ -197,8 +184,7 @@ def _arrays(params: Mapping[str, Any], logits: Array) -> tuple[Array, Array]:
     return xp.asarray(params["weight"], dtype=logits.dtype), xp.asarray(params["bias"], dtype=logits.dtype)
 
 
-def _log_odds(chunk: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    logits, labels = voxels.check(*chunk)
+def _log_odds(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if logits.shape[1] > 2:
         raise DataError(f"Platt scaling is for two classes, got {logits.shape[1]} logits; use vector scaling.")
     return (logits if logits.shape[1] == 1 else logits[:, 1:] - logits[:, :1]), labels
@@ -211,7 +197,7 @@ def _fit(
     seed: int,
     provenance: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    (logits, labels), seen = voxels.sample((voxels.check(*chunk) for chunk in chunks), max_voxels, seed)
+    (logits, labels), seen = voxels.sample(chunks, max_voxels, seed)
     count = logits.shape[1]
     features = voxels.as_classes(logits)
     start = identity(features.shape[1])

@@ -304,10 +304,7 @@ def _violation(
 ) -> tuple[Float[Array, "B *spatial K"], Bool[Array, " B *spatial"]]:
     """``h`` of every voxel and class, and where the outer region is."""
     _check("constraint", constraint, CONSTRAINTS)
-    logits = cross_entropy.prepare(logits, labels)
-    if logits.shape[-1] == 1:
-        labels = (labels > 0).astype(jnp.int32)
-    logits = elementary.as_softmax(logits)
+    logits, labels = cross_entropy.as_classes(logits, labels)
     classes = logits.shape[-1]
     if state.multipliers.shape != (2, classes):
         raise ValueError(f"CRaC's multipliers {state.multipliers.shape} need to be (2, {classes}), as the logits have.")

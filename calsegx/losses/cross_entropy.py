@@ -30,6 +30,20 @@ def prepare(logits: Float[Array, "B *spatial L"], labels: Int[Array, " B *spatia
     return at_least_float32(logits)
 
 
+def as_classes(
+    logits: Float[Array, "B *spatial L"], labels: Int[Array, " B *spatial"]
+) -> tuple[Float[Array, "B *spatial K"], Int[Array, " B *spatial"]]:
+    """Checked softmax logits, in at least float32, and their labels; one logit becomes two classes.
+
+    Raises:
+        ValueError: when the shapes differ or the labels are not integers.
+    """
+    prepared = prepare(logits, labels)
+    if logits.shape[-1] == 1:
+        labels = (labels > 0).astype(labels.dtype)
+    return elementary.as_softmax(prepared), labels
+
+
 def per_voxel(logits: Float[Array, "B *spatial L"], labels: Int[Array, " B *spatial"]) -> Float[Array, " B *spatial"]:
     """Negative log-likelihood of every voxel's label, in nats, in ``[0, inf)``.
 

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from calsegx import losses
 from calsegx.interfaces import UsageError
-from calsegx.losses import cross_entropy, elementary, neighbourhood, smoothing
+from calsegx.losses import cross_entropy, elementary, neighbourhood, overlap
 
 
 @losses.registry.register("mbls")
@@ -36,9 +36,9 @@ def mbls(
     Raises:
         UsageError: for an unknown distance.
     """
-    scores, classes = smoothing.as_classes(logits, labels)
+    scores, classes = cross_entropy.as_classes(logits, labels)
     loss = cross_entropy.ce(scores, classes) + weight * _to_largest(scores, margin, distance)
-    return loss + losses.registry.bind("dice", {"include_background": False})(logits, labels) if dice else loss
+    return loss + overlap.dice(logits, labels, include_background=False) if dice else loss
 
 
 @losses.registry.register("mbls_penalty")
@@ -68,7 +68,7 @@ def mbls_penalty(
     Raises:
         UsageError: for an unknown distance.
     """
-    return _to_largest(smoothing.as_classes(logits, labels)[0], margin, distance)
+    return _to_largest(cross_entropy.as_classes(logits, labels)[0], margin, distance)
 
 
 @losses.registry.register("nacl")
@@ -103,7 +103,7 @@ def nacl(
     Raises:
         UsageError: for an option that ``nacl_penalty`` does not take.
     """
-    logits, labels = smoothing.as_classes(logits, labels)
+    logits, labels = cross_entropy.as_classes(logits, labels)
     tau = neighbourhood.prior(labels, logits.shape[-1], kind=prior, size=size, sigma=sigma, border=border)
     return cross_entropy.ce(logits, labels) + weight * _to_prior(logits, tau, distance, on)
 
@@ -143,7 +143,7 @@ def nacl_penalty(
     Raises:
         UsageError: for an unknown prior, distance, quantity or border, and for a size or sigma out of range.
     """
-    logits, labels = smoothing.as_classes(logits, labels)
+    logits, labels = cross_entropy.as_classes(logits, labels)
     tau = neighbourhood.prior(labels, logits.shape[-1], kind=prior, size=size, sigma=sigma, border=border)
     return _to_prior(logits, tau, distance, on)
 

@@ -9,20 +9,6 @@ from calsegx.interfaces import UsageError
 from calsegx.losses import cross_entropy, elementary, neighbourhood
 
 
-def as_classes(
-    logits: Float[Array, "B *spatial L"], labels: Int[Array, " B *spatial"]
-) -> tuple[Float[Array, "B *spatial K"], Int[Array, " B *spatial"]]:
-    """Checked softmax logits, in at least float32, and their labels; one logit becomes two classes.
-
-    Raises:
-        ValueError: when the shapes differ or the labels are not integers.
-    """
-    prepared = cross_entropy.prepare(logits, labels)
-    if logits.shape[-1] == 1:
-        labels = (labels > 0).astype(labels.dtype)
-    return elementary.as_softmax(prepared), labels
-
-
 @losses.registry.register("label_smoothing")
 def label_smoothing(
     logits: Float[Array, "B *spatial L"], labels: Int[Array, " B *spatial"], *, smoothing: float = 0.1
@@ -45,7 +31,7 @@ def label_smoothing(
     """
     if not 0 <= smoothing <= 1:
         raise UsageError(f"The loss 'label_smoothing' needs a smoothing in [0, 1], got {smoothing}; 0 is CE.")
-    logits, labels = as_classes(logits, labels)
+    logits, labels = cross_entropy.as_classes(logits, labels)
     classes = logits.shape[-1]
     targets = (1 - smoothing) * jax.nn.one_hot(labels, classes, dtype=logits.dtype) + smoothing / classes
     return cross_entropy.of_targets(logits, targets)
@@ -74,16 +60,13 @@ def ecp(
     Returns:
         One value per sample in nats, at least ``-weight log K``.
     """
-    logits, labels = as_classes(logits, labels)
+    logits, labels = cross_entropy.as_classes(logits, labels)
     if mean_over_classes:
         p = jnp.clip(elementary.softmax(logits), 1e-10, 1 - 1e-10)
         entropy = cross_entropy.voxel_mean(-p * jnp.log(p))
     else:
         entropy = cross_entropy.voxel_mean(_entropy(elementary.centred(logits)))
     return cross_entropy.ce(logits, labels) - weight * entropy
-
-
-svls_kernel = neighbourhood.svls_kernel
 
 
 @losses.registry.register("svls")
@@ -106,14 +89,14 @@ def svls(
     Raises:
         UsageError: for a sigma that is not positive.
     """
-    logits, labels = as_classes(logits, labels)
+    logits, labels = cross_entropy.as_classes(logits, labels)
     return cross_entropy.of_targets(logits, svls_targets(labels, logits.shape[-1], sigma=sigma).astype(logits.dtype))
 
 
 def svls_targets(
     labels: Int[Array, " B *spatial"], classes: int, *, sigma: float
 ) -> Float[Array, "B *spatial {classes}"]:
-    """One-hot labels averaged over the 3-voxel patch with ``svls_kernel``, the image's border replicated.
+    """One-hot labels averaged over the 3-voxel patch with ``neighbourhood.svls_kernel``, the image's border replicated.
 
     Args:
         labels: class indices from 0 to ``classes - 1``.

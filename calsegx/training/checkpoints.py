@@ -37,11 +37,12 @@ KEPT = 2  # the newest checkpoints, beside the best one
 METRIC = "validation_loss"
 _MANIFEST = "manifest.json"
 
-# What may change between the parts of one run: none of it changes a number of the result.  Whether the data
-# and the weights are still the same is seen from their fingerprints, wherever they lie.
+# What may change between the parts of one run.  Whether the data and the weights are still the same is seen from their
+# fingerprints, wherever they lie.
 MAY_DIFFER = ("config.log_every", "config.save_every", "config.validate_every", "config.export", "config.tensorboard",
               "config.data.root", "config.data.cache", "config.model.weights", "config.model.encoder_batch",
-              "config.model.shards", "config.microbatch", "devices")  # fmt: skip
+              "config.model.shards")  # fmt: skip
+MAY_ROUND = ("devices", "config.microbatch")  # may change too, but sums round differently then, which is said
 
 
 class Checkpoints:
@@ -63,9 +64,10 @@ class Checkpoints:
             if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._set_aside()
+            sharding.wait_for_all("checkpoints set aside")
+            self._steps = whole_steps(self.folder)
         except OSError as error:
             raise self._unusable(error) from error
-        sharding.wait_for_all("checkpoints set aside")
         best = preservation_policy.BestN(
             n=1, get_metric_fn=_metric, reverse=True, keep_checkpoints_without_metrics=False
         )
@@ -84,7 +86,6 @@ class Checkpoints:
             raise self._unusable(error) from error
         self._finisher = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._finishing: futures.Future[None] | None = None
-        self._steps = sorted(whole_steps(self.folder))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -92,6 +93,9 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and jax.process_count() > 1:
+            self._finisher.shutdown(wait=False)  # a save that goes on may wait for a process that is gone
+            return
         try:
             if error is None:
                 self.wait()
@@ -164,20 +168,14 @@ class Checkpoints:
                 ``allow_config_change``; when the state does not fit ``abstract``.
         """
         saved = self._read(step, record=ocp.args.JsonRestore()).record
-        before = saved["record"]
-        changes = [
-            f"{key} was {old!r} and is {new!r}"
-            for key, (old, new) in configs.differences(before, record).items()
-            if key not in MAY_DIFFER
-        ]
-        if changes and not allow_config_change:
+        different = {k: v for k, v in configs.differences(saved["record"], record).items() if k not in MAY_DIFFER}
+        refused = [_change(key, pair) for key, pair in different.items() if key not in MAY_ROUND]
+        if refused and not allow_config_change:
             raise InputError(
-                f"The run in {self.folder} cannot go on with other settings: {'; '.join(changes)}; restore them, start "
+                f"The run in {self.folder} cannot go on with other settings: {'; '.join(refused)}; restore them, start "
                 "a new run in another --workdir, or go on all the same with --allow_config_change."
             )
-        devices = before.get("devices"), record.get("devices")
-        if devices[0] != devices[1]:
-            changes.append(f"devices were {devices[0]} and are {devices[1]} (sums round differently)")
+        changes = [_change(key, pair) for key, pair in different.items()]
         return self._read(step, state=ocp.args.StandardRestore(abstract)).state, saved["memory"], changes
 
     def best_step(self) -> int | None:
@@ -260,10 +258,7 @@ def whole_steps(folder: Path) -> list[int]:
 def problem_of(folder: Path) -> str | None:
     """What is wrong with a step's folder, or None: every file has the size and SHA-256 that were recorded."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        content, digest = manifest["content"], manifest["sha256"]
-        if _digest(json.dumps(content, sort_keys=True).encode()) != digest:
-            return f"its {_MANIFEST} is damaged"
+        content = files.unseal((folder / _MANIFEST).read_bytes())
         if content["format"] != FORMAT:
             return f"it has the format {content['format']}, this version of calsegx reads {FORMAT}"
         recorded = content["files"]
@@ -288,15 +283,18 @@ def write_manifest(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         listed[str(path.relative_to(folder))] = [path.stat().st_size, _file_digest(path)]
-    content = {"format": FORMAT, "files": listed}
-    digest = _digest(json.dumps(content, sort_keys=True).encode())
-    files.write_atomically(folder / _MANIFEST, json.dumps({"content": content, "sha256": digest}, indent=1) + "\n")
+    files.write_atomically(folder / _MANIFEST, files.seal({"format": FORMAT, "files": listed}))
 
 
 def validation_loss(folder: Path) -> float | None:
     """The validation loss that was saved with a step, or None."""
     loss = json.loads((folder / "metrics" / "metrics").read_text())[METRIC]
     return loss if math.isfinite(loss) else None
+
+
+def _change(key: str, pair: tuple[Any, Any]) -> str:
+    rounding = " (sums round differently)" if key in MAY_ROUND else ""
+    return f"{key} was {pair[0]!r} and is {pair[1]!r}{rounding}"
 
 
 def _metric(metrics: Mapping[str, float]) -> float:
@@ -317,10 +315,6 @@ def _files(folder: Path) -> list[Path]:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _short(error: Exception) -> str:

@@ -44,14 +44,11 @@ def of(compiled: Any) -> Cost:
 def of_train_step(config: configs.TrainConfig, backbone: Backbone, objective: train_step.Objective, mesh: Mesh) -> Cost:
     """The cost of the training step of a run, which is compiled for that; nothing is computed."""
     optimizer = train_state.make_optimizer(config)
-    lagrangian = None
-    if configs.METHODS[config.method].lagrangian:
-        batch = abstract_batch(config, backbone)
-        logits = jax.eval_shape(backbone.decode, backbone.trainable, backbone.frozen, batch.features, batch.prompts)
-        lagrangian = train_state.init_lagrangian(config, max(2, logits.shape[-1]))
+    batch, with_lagrangian = abstract_batch(config, backbone), configs.METHODS[config.method].lagrangian
+    lagrangian = train_state.init_lagrangian(config, backbone, batch) if with_lagrangian else None
     state = jax.eval_shape(lambda: train_state.init_state(backbone.trainable, optimizer, mesh, lagrangian))
     step = train_step.make_train_step(backbone.decode, backbone.frozen, objective, config, optimizer, mesh)
-    return of(step.lower(state, abstract_batch(config, backbone)).compile())
+    return of(step.lower(state, batch).compile())
 
 
 def of_encoder_call(config: configs.TrainConfig, backbone: Backbone, mesh: Mesh) -> tuple[int, Cost]:

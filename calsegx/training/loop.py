@@ -123,11 +123,7 @@ def train(
 
         # ----------------------------------------------------------------------------------------- state
         optimizer = train_state.make_optimizer(config)
-        lagrangian = None
-        if with_lagrangian:
-            batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), validation[0][0])
-            logits = jax.eval_shape(backbone.decode, backbone.trainable, backbone.frozen, batch.features, batch.prompts)
-            lagrangian = train_state.init_lagrangian(config, max(2, logits.shape[-1]))
+        lagrangian = train_state.init_lagrangian(config, backbone, validation[0][0]) if with_lagrangian else None
         state = train_state.init_state(backbone.trainable, optimizer, mesh, lagrangian)
 
         # ------------------------------------------------------------------------------------------ step
@@ -186,7 +182,7 @@ def train(
                     memory,
                     log,
                     bar.say,
-                    functools.partial(_save_last_good, saved, mesh, state, record, memory),
+                    functools.partial(_save_last_good, saved, mesh, state, record, memory, log),
                 )
                 waiting.clear()
             if logs:
@@ -316,13 +312,14 @@ def _save_last_good(
     state: train_state.TrainState,
     record: Mapping[str, Any],
     memory: Memory,
+    log: metrics_log.MetricsLog,
     step: int,
 ) -> None:
     """Save the state that a refused step left as it was, under the number of the step before it."""
     saved.wait()
     if step > (saved.latest_step() or 0):
         good = state._replace(step=sharding.replicate(mesh, np.int32(step)))
-        saved.save(step, good, record, memory.to_json())
+        saved.save(step, good, record, memory.to_json() | {"log": log.position()})
         saved.wait()
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from calsegx import configs, sharding
-from calsegx.interfaces import Params
+from calsegx.interfaces import Backbone, Batch, Params
 from calsegx.losses import augmented_lagrangian
 
 
@@ -35,8 +35,10 @@ def make_optimizer(config: configs.TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm), adam)
 
 
-def init_lagrangian(config: configs.TrainConfig, classes: int) -> augmented_lagrangian.State:
-    """CRaC's multipliers before the first epoch."""
+def init_lagrangian(config: configs.TrainConfig, backbone: Backbone, batch: Batch) -> augmented_lagrangian.State:
+    """CRaC's multipliers before the first epoch; ``batch``, which may be abstract, is what ``backbone`` decodes."""
+    logits = jax.eval_shape(backbone.decode, backbone.trainable, backbone.frozen, batch.features, batch.prompts)
+    classes = max(2, logits.shape[-1])
     return augmented_lagrangian.init(classes, multiplier=config.crac.multiplier, rho=config.crac.rho)
 
 

@@ -146,7 +146,7 @@ def svls(case: Case, sigma: float | None = None) -> dict[str, Any]:
 def svls_labels(case: Case) -> dict[str, Any]:
     sigma, outputs = case.hparams["sigma"], {}
     with jax.enable_x64():
-        outputs["kernel"] = np.asarray(smoothing.svls_kernel(case.outputs["kernel"].ndim, sigma))
+        outputs["kernel"] = np.asarray(neighbourhood.svls_kernel(case.outputs["kernel"].ndim, sigma))
         if "soft_labels" in case.outputs:
             classes = case.outputs["soft_labels"].shape[1]
             targets = smoothing.svls_targets(jnp.asarray(case.labels), classes, sigma=sigma)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -10,22 +11,24 @@ import sys
 import numpy as np
 import pytest
 
+from calsegx import locks
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import figures, gallery
 from calsegx.interfaces import Case
 from calsegx.metrics import calibration
+from calsegx.training import checkpoints
 from launch import evaluate, exchange, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def in_two_processes(module, *arguments):
-    """Exit codes, outputs and errors; two devices each."""
+def start_two(module, *arguments):
+    """Two processes that find each other, two devices each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         meeting = [f"--coordinator=localhost:{probe.getsockname()[1]}", "--num_processes=2"]
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    started = [
+    return [
         subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments), *meeting, f"--process_id={index}"],
             cwd=ROOT,
@@ -36,6 +39,11 @@ def in_two_processes(module, *arguments):
         )
         for index in range(2)
     ]
+
+
+def in_two_processes(module, *arguments):
+    """Exit codes, outputs and errors of two processes that end."""
+    started = start_two(module, *arguments)
     outputs = [process.communicate(timeout=280) for process in started]
     return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
@@ -102,3 +110,28 @@ def test_the_others_of_a_process_that_refuses_end_too(config, tmp_path):
     )
     assert [code for code, _, _ in outcome] == [2, 2]
     assert all("--config.batch_size=6 cannot be split evenly over 4 devices" in errors for _, _, errors in outcome)
+
+
+@pytest.mark.slow
+def test_the_other_of_a_killed_process_ends(config, tmp_path):
+    """It waits for nobody who is gone, and the run goes on from what was saved."""
+    arguments = [
+        f"--config.data.{name}={getattr(config.data, name)}" for name in ("root", "channels", "classes", "source")
+    ]
+    arguments += [f"--config.model.weights={config.model.weights}", "--config.method=sam_ft", "--config.batch_size=4"]
+    arguments += ["--config.steps=100000", "--config.save_every=5", f"--workdir={tmp_path / 'run'}"]
+    started = start_two("launch.train", *arguments)
+    first, second = started
+    for line in first.stdout:
+        if "saved step" in line:
+            break
+    second.kill()
+    _, errors = first.communicate(timeout=200)  # the heartbeats are missed after 100 s
+    second.communicate()
+    if first.returncode == 1:
+        assert "This process lost the others" in errors
+    else:  # aborted by the coordination service
+        assert first.returncode == -signal.SIGABRT and "heartbeat" in errors
+    assert checkpoints.whole_steps(tmp_path / "run" / "checkpoints")
+    with locks.exclusive(tmp_path / "run"):
+        pass  # it is free again

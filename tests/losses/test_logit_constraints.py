@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 from calsegx import losses
 from calsegx.interfaces import UsageError
 from calsegx.losses import cross_entropy, logit_constraints, neighbourhood
+from tests.losses import derivatives
 
 mbls_penalty, nacl_penalty = logit_constraints.mbls_penalty, logit_constraints.nacl_penalty
 LOSSES = {
@@ -139,27 +139,8 @@ def test_one_value_per_sample(name, count):
 @ALL
 @pytest.mark.parametrize("count", [1, 3])
 def test_derivatives(name, count):
-    with jax.enable_x64():
-        rng = np.random.default_rng(1)
-        labels = jnp.asarray([[0, 1, 1, 0]])
-        function = jax.jit(lambda z: jnp.sum(LOSSES[name](z, labels)))
-        check_grads(function, (jnp.asarray(2 * rng.normal(size=(1, 4, count))),), order=2, atol=1e-5, rtol=1e-5)
-
-
-@ALL
-@pytest.mark.parametrize("count", [1, 3])
-def test_derivatives_are_finite_at_the_extremes(name, count):
-    def norm(z, labels):
-        return jnp.sum(jnp.square(jax.grad(lambda x: jnp.sum(LOSSES[name](x, labels)))(z)))
-
-    both = jax.jit(jax.value_and_grad(norm))
-    for shape in ((1, 2, 3), (1, 1, 1)):
-        logits, labels = draw(shape, count)
-        for z in (0 * logits, 1e4 * jnp.sign(logits), 0 * logits + 1e4, 0 * logits - 1e4):
-            for target in (labels, 0 * labels, 0 * labels + 1):
-                value, gradient = both(z, target)
-                assert np.isfinite(value) and np.isfinite(gradient).all()
-                assert np.isfinite(LOSSES[name](z, target)).all()
+    derivatives.check(LOSSES[name], count, scale=2.0)
+    derivatives.check_extremes(LOSSES[name], draw, count)
 
 
 @pytest.mark.parametrize(

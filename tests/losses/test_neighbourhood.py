@@ -10,7 +10,7 @@ import scipy.ndimage
 import scipy.stats
 
 from calsegx.interfaces import UsageError
-from calsegx.losses import neighbourhood, smoothing
+from calsegx.losses import neighbourhood
 
 CHOSEN = {
     "max": max,
@@ -74,7 +74,7 @@ def test_gaussian_prior_is_a_correlation(size, shape, border, mode):
     tau = neighbourhood.prior(jnp.asarray(labels)[None], 3, kind="gaussian", size=size, sigma=0.8, border=border)
     np.testing.assert_allclose(tau[0], np.stack(planes, axis=-1), rtol=1e-5, atol=1e-7)
     if size == 3:
-        np.testing.assert_allclose(kernel, smoothing.svls_kernel(len(shape), 0.8), rtol=1e-12)
+        np.testing.assert_allclose(kernel, neighbourhood.svls_kernel(len(shape), 0.8), rtol=1e-12)
 
 
 def test_monai_gaussian_prior():

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 from calsegx import losses
 from calsegx.interfaces import UsageError
-from calsegx.losses import cross_entropy, smoothing
+from calsegx.losses import cross_entropy, neighbourhood, smoothing
+from tests.losses import derivatives
 
 LOSSES = {
     "label_smoothing": smoothing.label_smoothing,
@@ -71,7 +71,7 @@ def test_svls_by_hand():
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 @pytest.mark.parametrize("sigma", [0.02, 0.5, 2.0])
 def test_svls_kernel(dimensions, sigma):
-    kernel = smoothing.svls_kernel(dimensions, sigma)
+    kernel = neighbourhood.svls_kernel(dimensions, sigma)
     assert kernel.shape == (3,) * dimensions
     assert kernel[(1,) * dimensions] == 1
     np.testing.assert_allclose(kernel.sum(), 2, rtol=1e-12)
@@ -130,27 +130,8 @@ def test_one_value_per_sample(name, count):
 @ALL
 @pytest.mark.parametrize("count", [1, 3])
 def test_derivatives(name, count):
-    with jax.enable_x64():
-        rng = np.random.default_rng(0)
-        labels = jnp.asarray([[0, 1, 1, 0]])
-        function = jax.jit(lambda z: jnp.sum(LOSSES[name](z, labels)))
-        check_grads(function, (jnp.asarray(rng.normal(size=(1, 4, count))),), order=2, atol=1e-5, rtol=1e-5)
-
-
-@ALL
-@pytest.mark.parametrize("count", [1, 3])
-def test_derivatives_are_finite_at_the_extremes(name, count):
-    def norm(z, labels):
-        return jnp.sum(jnp.square(jax.grad(lambda x: jnp.sum(LOSSES[name](x, labels)))(z)))
-
-    both = jax.jit(jax.value_and_grad(norm))
-    for shape in ((1, 2, 3), (1, 1, 1)):
-        logits, labels = draw(shape, count)
-        for z in (0 * logits, 1e4 * jnp.sign(logits), 0 * logits + 1e4, 0 * logits - 1e4):
-            for target in (labels, 0 * labels, 0 * labels + 1):
-                value, gradient = both(z, target)
-                assert np.isfinite(value) and np.isfinite(gradient).all()
-                assert np.isfinite(LOSSES[name](z, target)).all()
+    derivatives.check(LOSSES[name], count, scale=1.0)
+    derivatives.check_extremes(LOSSES[name], draw, count)
 
 
 def test_registered_and_errors():

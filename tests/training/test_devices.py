@@ -86,7 +86,7 @@ def test_two_devices_a_restore_on_fewer_and_two_processes(folder):
     ]
     [output] = finish(start("tests.training.device_program", folder, json.dumps(runs)))
     assert f"step 7 of {STEPS} is saved" in output and f"step 12 of {STEPS} is saved" in output
-    assert "devices were 4 and are 1" in output and "devices were 1 and are 2" in output
+    assert "devices was 4 and is 1" in output and "devices was 1 and is 2" in output
     first, second = in_two_processes(
         "tests.training.device_program", folder, json.dumps([run("processes", 4, method="crac")])
     )

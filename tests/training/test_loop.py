@@ -263,18 +263,7 @@ def test_crac_multipliers_are_saved_and_resumed(cache, mesh, tmp_path, monkeypat
 
 def test_crac_wants_validation_cases(cache, mesh, tmp_path):
     with pytest.raises(UsageError, match="--config.method=crac sets its multipliers on validation cases"):
-        loop.train(
-            toy.config(method="crac"),
-            toy.backbone(),
-            cache,
-            toy.CASES,
-            [],
-            tmp_path,
-            objective=toy.objective(),
-            mesh=mesh,
-            resume=False,
-            metadata={},
-        )
+        toy.train(toy.config(method="crac"), cache, tmp_path, mesh, validation=())
 
 
 def test_a_spike_is_logged_with_its_slices():
@@ -320,6 +309,9 @@ def test_not_finite_stops_and_keeps_the_last_good_checkpoint(cache, mesh, tmp_pa
     assert failed["step"] == stopped and "the loss is" in failed["reason"]
     assert len(failed["slices"]) == 4 and {place["case_id"] for place in failed["slices"]} <= set(toy.CASES[:2])
     assert not (tmp_path / "model").exists()
+    # The last good step is a checkpoint like others: with a loss that does not blow up the run goes on from it.
+    summary = toy.train(config, cache, tmp_path, mesh, resume=True)
+    assert summary["steps"] == 12 and [line["step"] for line in lines(tmp_path) if "loss" in line][-1] == 12
 
 
 def test_penalty_without_second_derivative_is_refused(cache, mesh, tmp_path):
@@ -411,18 +403,7 @@ def test_a_shift_that_is_too_large_stops_the_run(cache, mesh, tmp_path, monkeypa
 
 
 def test_no_validation_cases(cache, mesh, tmp_path):
-    summary = loop.train(
-        toy.config(steps=2, method="sam_ft"),
-        toy.backbone(),
-        cache,
-        toy.CASES,
-        [],
-        tmp_path,
-        objective=toy.objective(),
-        mesh=mesh,
-        resume=False,
-        metadata={},
-    )
+    summary = toy.train(toy.config(steps=2, method="sam_ft"), cache, tmp_path, mesh, validation=())
     assert summary["validation_loss"] is None and summary["loss"] > 0
 
 

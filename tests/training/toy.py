@@ -93,7 +93,7 @@ def train(made, cache, workdir, mesh, resume=False, **changes):
         changes.pop("backbone", backbone()),
         cache,
         CASES[:2],
-        CASES[2:],
+        changes.pop("validation", CASES[2:]),
         workdir,
         mesh=mesh,
         resume=resume,
