@@ -22,7 +22,7 @@ from absl import flags
 from calsegx import configs, features, sharding
 from calsegx.data import preprocessing
 from calsegx.interfaces import Case, InputError
-from calsegx.training import caching, cost
+from calsegx.training import caching, checkpoints, cost
 from launch import common, components
 
 PACKAGES = ("calsegx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
@@ -60,6 +60,9 @@ def describe_run(config: configs.TrainConfig, workdir: Path) -> tuple[list[str],
     root = Path(config.data.cache) if config.data.cache else workdir / "features"
     slices, missing = count_slices(parts, root, [(train, config.data.views), (val, 1)])
     needed, free = missing * each, shutil.disk_usage(_existing(root)).free
+    saved = checkpoints.whole_steps(workdir / "checkpoints")
+    if saved:
+        lines.append(f"Run folder {workdir}: holds a run, saved at step {max(saved)}; only --resume goes on there")
     lines.append(f"Cases: {len(train)} to train on and {len(val)} to validate on, {slices} slices (labels were read)")
     lines.append(
         f"Feature cache {root}: {missing} views of slices to compute, {needed / GIGA:.3f} GB of {free / GIGA:.1f} GB "

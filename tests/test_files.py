@@ -24,7 +24,7 @@ def test_a_full_disk_leaves_the_old_file_and_one_sentence(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"x.txt cannot be written \(No space left on device\); check"):
+    with pytest.raises(InputError, match=r"x.txt cannot be written \(No space left on device\); free some space"):
         files.write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]

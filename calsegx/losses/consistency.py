@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calsegx import losses
 from calsegx.interfaces import UsageError
-from calsegx.losses import cross_entropy, elementary, overlap
+from calsegx.losses import cross_entropy, overlap
 
 BASES = {"ce": cross_entropy.ce, "dice": overlap.dice}
 
@@ -97,9 +97,7 @@ def consistency(
     logits, other = cross_entropy.prepare(logits, labels), cross_entropy.prepare(other, labels)
     if logits.shape != other.shape:
         raise ValueError(f"Both views need the same shape, got logits {logits.shape} and {other.shape}.")
-    if logits.shape[-1] == 1:
-        labels = (labels > 0).astype(labels.dtype)
-    difference = elementary.as_softmax(logits - other)
+    difference, labels = cross_entropy.as_classes(logits - other, labels)
     weights = boundary_weights(
         labels, difference.shape[-1], radius=radius, exponent=exponent, lowest=lowest, highest=highest
     )

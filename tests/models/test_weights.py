@@ -86,7 +86,7 @@ def full(*_):
     ("read", "approve", "error", "match"),
     [
         (refuse, None, DataError, "^no$"),
-        (full, None, InputError, "cannot be written .No space left on device.; free some space or check the folder"),
+        (full, None, InputError, "cannot be written .No space left on device.; check the folder and the free space"),
         (np.zeros, refuse, DataError, "^no$"),
         (lambda _: np.zeros(3), None, ValueError, "declared was"),
     ],

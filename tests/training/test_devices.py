@@ -126,7 +126,7 @@ for name, mode, options in (
     config = toy.config(method=name, batch_size=8, **options)
     config.fisher.mode, config.fisher.labels = mode or "exact", "sampled"
     optimizer = train_state.make_optimizer(config)
-    lagrangian = train_state.init_lagrangian(config, 2) if name == "crac" else None
+    lagrangian = train_state.init_lagrangian(config, backbone, batch) if name == "crac" else None
     state = train_state.init_state(backbone.trainable, optimizer, mesh, lagrangian)
     step = train_step.make_train_step(
         backbone.decode, backbone.frozen, toy.objective(config), config, optimizer, mesh)
