@@ -232,10 +232,15 @@ def test_a_batch_starts_before_the_last_is_copied(tmp_path, cases, mesh, monkeyp
 
 def test_a_full_disk_stops_the_run_before_the_next_batch(tmp_path, cases, mesh, monkeypatch):
     cache = features.FeatureCache.open(tmp_path / "cache", {})
-    failed = threading.Event()
+    encoding_again, failed = threading.Event(), threading.Event()
 
     def full(*arguments, **options):
+        wait(encoding_again)
         raise OSError(28, "No space left on device")
+
+    def third():
+        encoding_again.set()
+        wait(failed)
 
     class Writer(caching._Writer):
         def submit(self, *arguments, **options):
@@ -244,7 +249,7 @@ def test_a_full_disk_stops_the_run_before_the_next_batch(tmp_path, cases, mesh, 
 
     monkeypatch.setattr(features, "_write_array", full)
     monkeypatch.setattr(caching, "_Writer", Writer)
-    calls = at_encoder_calls(monkeypatch, lambda: None, lambda: None, lambda: wait(failed))
+    calls = at_encoder_calls(monkeypatch, lambda: None, lambda: None, third)
     with pytest.raises(InputError, match="'a', view0 cannot be written .*No space left"):
         fill(cache, cases, Preparation(), mesh, batch_size=2)
     assert calls == [2, 2, 2]  # both batches of view 0, and the one of view 1 during which the write failed
