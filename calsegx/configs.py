@@ -32,7 +32,9 @@ METHODS: Mapping[str, Method] = {
     "calsam": Method(fisher=True, confidence=True),
     "crac": Method(lagrangian=True),
 }
-PROTOCOLS = ("gt_points", "gt_box")
+PROTOCOLS = ("gt_points", "random_points", "class_points", "gt_box", "volume_points", "none")
+EVERY_SLICE = ("volume_points", "none")  # protocols that do not know which slices hold foreground
+SLICE_AXES = ("axial", "coronal", "sagittal")
 FISHER_CHOICES: Mapping[str, tuple[str, ...]] = {
     "mode": ("exact", "finite_difference", "stochastic", "every_k", "perturbed"),
     "reading": ("per_sample", "batch_mean", "elementwise_mean", "centered"),
@@ -57,13 +59,27 @@ class DataConfig:
     classes: str = ""  # "tumour=1+2+3" or "core=1,oedema=2": name=label ids; empty: every label of the dataset
     domain: str = "scanner"  # the column of the cases that names the domain: scanner or centre
     source: str = ""  # the domain to train and validate on; empty: all domains
+    splits: str = ""  # a file of folds, as launch.split writes it or nnU-Net's splits_final.json
+    fold: int = 0  # which of its folds
     val_fraction: float = 0.15  # of the subjects, only where the dataset names no split
     test_fraction: float = 0.25  # of the subjects, only where the dataset names no split
-    lower_percentile: float = 0.5  # of voxels > 0: mapped to 0
-    upper_percentile: float = 99.5  # of voxels > 0: mapped to 255
+    intensity: str = "percentile"  # a registered intensity normalisation (data/intensity.py)
+    lower_percentile: float = 0.5  # percentile: of voxels > 0, mapped to 0
+    upper_percentile: float = 99.5  # percentile: of voxels > 0, mapped to 255
+    window_centre: float = 40.0  # medsam_ct: in Hounsfield units, mapped to 127.5
+    window_width: float = 400.0  # medsam_ct: in Hounsfield units
+    slice_axis: str = "axial"  # or coronal, sagittal
+    resample: str = ""  # "256x256" (rows x columns) or "128x128x128" (slices first); empty: the native grid
+    adjacent_slices: bool = False  # one channel only: the slices below, at and above as the encoder's three inputs
     views: int = 2  # cached views per training slice: the first as it is, the others augmented
-    rotation_degrees: float = 15.0  # augmented views: uniform in +-
-    intensity_fraction: float = 0.2  # augmented views: contrast and brightness, uniform in +-
+    rotation_degrees: float = 15.0  # augmented slices: uniform in +-
+    intensity_fraction: float = 0.2  # augmented slices: contrast and brightness, uniform in +-
+    gamma: float = 0.0  # augmented slices: the exponent is exp(U(-gamma, gamma))
+    noise: float = 0.0  # augmented slices: standard deviation U(0, noise) of 255
+    low_resolution: float = 1.0  # augmented slices: sampled U(1, low_resolution) times as coarse, and back
+    online: bool = False  # no feature cache: training slices are read, augmented and encoded in every step
+    slices_per_volume: int = 4  # online: slices of one batch that come from one reading of a volume
+    workers: int = 0  # online: processes that read ahead; 0: the training process itself
     cache: str = ""  # feature cache folder; empty: <workdir>/features
 
 
@@ -137,7 +153,8 @@ class TrainConfig:
 
     method: str = "calsam"
     loss: str = ""  # the task loss, e.g. "sam + 0.1*mbls_penalty(margin=5)" (losses/expression.py); empty: sam
-    protocol: str = "gt_points"  # prompts: gt_points or gt_box
+    protocol: str = "gt_points"  # how prompts are placed (data/protocols.py)
+    prompt_jitter: float = 0.0  # of training prompts, as a fraction of the encoder frame's side (MedSAM: 20 / 1024)
     seed: int = 42
     steps: int = 2000
     batch_size: int = 16  # slices per step, over all devices
@@ -164,35 +181,71 @@ def validate(config: TrainConfig) -> None:
     _one_of("method", config.method, METHODS)
     _one_of("protocol", config.protocol, PROTOCOLS)
     _one_of("data.domain", config.data.domain, ("scanner", "centre"))
+    _one_of("data.slice_axis", config.data.slice_axis, SLICE_AXES)
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     _one_of("export", config.export, ("last", "best"))
     _validate_fisher(config)
     _validate_crac(config)
-    at_least_one = ("steps", "batch_size", "log_every", "validate_every", "save_every", "data.views", "model.shards")
-    for name in at_least_one:
+    _validate_data(config)
+    for name in ("steps", "batch_size", "log_every", "validate_every", "save_every", "model.shards"):
         _at_least(config, name, 1)
     for name in ("model.encoder_batch", "microbatch"):
         _at_least(config, name, 0)
-    for name in ("seed", "fisher.weight", "cmp.weight", "optimizer.clip_norm", "data.rotation_degrees"):
+    for name in ("seed", "fisher.weight", "cmp.weight", "optimizer.clip_norm"):
         _at_least(config, name, 0)
     for name in ("optimizer.learning_rate", "cmp.temperature"):
         if not 0 < _value(config, name) < math.inf:
             raise UsageError(f"--config.{name}={_value(config, name)} must be a number greater than 0.")
-    below_one = ("optimizer.b1", "optimizer.b2", "data.intensity_fraction", "data.val_fraction", "data.test_fraction")
-    for name in below_one:
-        if not 0 <= _value(config, name) < 1:
-            raise UsageError(f"--config.{name}={_value(config, name)} must be at least 0 and below 1.")
-    low, high = config.data.lower_percentile, config.data.upper_percentile
-    if not 0 <= low < high <= 100:
+    for name in ("optimizer.b1", "optimizer.b2", "prompt_jitter"):
+        _below_one(config, name)
+    if config.data.online and config.batch_size % config.data.slices_per_volume:
         raise UsageError(
-            f"--config.data.lower_percentile={low} and --config.data.upper_percentile={high} must satisfy "
-            "0 <= lower < upper <= 100."
+            f"--config.batch_size={config.batch_size} must be a multiple of --config.data.slices_per_volume="
+            f"{config.data.slices_per_volume}."
         )
-    if not 0 <= config.data.val_fraction + config.data.test_fraction < 1:
+
+
+def _validate_data(config: TrainConfig) -> None:
+    data = config.data
+    for name in ("data.views", "data.low_resolution", "data.slices_per_volume"):
+        _at_least(config, name, 1)
+    for name in ("data.rotation_degrees", "data.gamma", "data.noise", "data.workers", "data.fold"):
+        _at_least(config, name, 0)
+    for name in ("data.intensity_fraction", "data.val_fraction", "data.test_fraction"):
+        _below_one(config, name)
+    if not 0 <= data.lower_percentile < data.upper_percentile <= 100:
+        raise UsageError(
+            f"--config.data.lower_percentile={data.lower_percentile} and --config.data.upper_percentile="
+            f"{data.upper_percentile} must satisfy 0 <= lower < upper <= 100."
+        )
+    if not 0 < data.window_width < math.inf or not math.isfinite(data.window_centre):
+        raise UsageError(
+            f"--config.data.window_width={data.window_width} must be a number above 0, and --config.data.window_centre="
+            f"{data.window_centre} a number."
+        )
+    if not 0 <= data.val_fraction + data.test_fraction < 1:
         raise UsageError(
             "--config.data.val_fraction and --config.data.test_fraction must leave training subjects: "
-            f"their sum is {config.data.val_fraction + config.data.test_fraction}, it must be below 1."
+            f"their sum is {data.val_fraction + data.test_fraction}, it must be below 1."
         )
+    resampled(data)
+
+
+def resampled(data: DataConfig) -> tuple[int, ...]:
+    """``data.resample`` as numbers: (), (rows, columns) or (slices, rows, columns).
+
+    Raises:
+        UsageError: for anything else.
+    """
+    if not data.resample:
+        return ()
+    parts = data.resample.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(
+            f"--config.data.resample={data.resample!r} must be rows x columns, such as 256x256, or slices x rows x "
+            "columns, such as 128x128x128."
+        )
+    return tuple(int(part) for part in parts)
 
 
 def _validate_fisher(config: TrainConfig) -> None:
@@ -306,6 +359,11 @@ def _one_of(name: str, value: str, allowed: Any) -> None:
         near = difflib.get_close_matches(value, allowed, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"--config.{name}={value!r} is not one of {', '.join(allowed)}.{hint}")
+
+
+def _below_one(config: TrainConfig, name: str) -> None:
+    if not 0 <= _value(config, name) < 1:
+        raise UsageError(f"--config.{name}={_value(config, name)} must be at least 0 and below 1.")
 
 
 def _at_least(config: TrainConfig, name: str, lowest: float) -> None:

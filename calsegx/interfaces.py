@@ -5,7 +5,7 @@ Axes, always in this order: ``B`` batch, ``D`` slice, ``H`` row, ``W`` column, `
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -66,6 +66,9 @@ class Case:
     centre: str = ""
     scanner: str = ""
     field_strength: str = ""
+    # channel name -> which volume of a 4-D file, or which colour of a picture, counted from 0; an absent channel's file
+    # holds one
+    volumes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Dataset:
     cases: tuple[Case, ...]
     channels: tuple[str, ...]  # channel names, in the dataset's own order
     labels: Mapping[str, int]  # label name -> id in the files; "background" is 0; empty when not declared
+    default_classes: str = ""  # what --config.data.classes is where it is empty; empty: every label is a class
 
 
 class Prompts(NamedTuple):

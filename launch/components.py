@@ -70,7 +70,7 @@ def build(config: configs.TrainConfig, class_map: classes.ClassMap | None = None
     options = {} if config.model.dtype == configs.ModelConfig.dtype else {"dtype": config.model.dtype}
     load_backbone = models.registry.bind(config.model.backbone, options)
     dataset = case_tools.load(config.data)
-    class_map = class_map or classes.parse(config.data.classes, dataset.labels)
+    class_map = class_map or classes.parse(config.data.classes or dataset.default_classes, dataset.labels)
     channels = case_tools.channels(config.data, dataset)
     weights = Path(config.model.weights) if config.model.weights else None
     if weights is not None and not weights.is_dir():
