@@ -152,7 +152,7 @@ def _check_validation(record: Mapping[str, Any], val: Sequence[Case]) -> None:
 def _study(parts: components.Components, folder: Path) -> study.Study:
     data = parts.config.data
     cache = components.feature_cache(parts, folder)
-    return study.Study(cache, parts.backbone, parts.class_map, parts.config.protocol, data.domain)
+    return study.Study(cache, parts.backbone, parts.class_map, parts.config.protocol, data.domain, data)
 
 
 def _compare(

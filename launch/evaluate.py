@@ -38,6 +38,16 @@ MAY_DIFFER = (
 )
 
 
+PROTOCOL_NOTES = {
+    "gt_points": "placed on the ground truth, one pair per slice with foreground",
+    "random_points": "placed at random inside the ground truth, one pair per slice with foreground",
+    "class_points": "placed on the ground truth, one point per class and slice with foreground",
+    "gt_box": "placed on the ground truth, one box per slice with foreground",
+    "volume_points": "placed on the ground truth, one pair per volume for all its slices",
+    "none": "no prompt: a box round every slice",
+}
+
+
 @dataclass(frozen=True)
 class Runs:
     """Trained decoders that share one dataset, backbone and prompt protocol."""
@@ -159,7 +169,7 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
     features = components.feature_cache(home, folders[0])
     components.fill_cache(home, features, {"train": 1, "val": 1})
     domain_column = config.data.domain if root or config.data.source else ""
-    work = study.Study(features, home.backbone, home.class_map, config.protocol, domain_column)
+    work = study.Study(features, home.backbone, home.class_map, config.protocol, domain_column, config.data)
     temperatures = {(m.method, m.seed): study.fit_calibrator(work, m, val) for m in runs.models}
     guesses = study.fit_guesses(work, train)
     if root:
@@ -247,7 +257,7 @@ def _describe(
         "Cases": "; ".join(counts),
         "Classes (label ids)": classes,
         "Channels": ", ".join(parts.channels),
-        "Prompt protocol": f"{config.protocol}: placed on the ground truth, one per slice with foreground",
+        "Prompt protocol": f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}",
         "Seeds": ", ".join(str(seed) for seed in sorted({m.seed for m in runs.models}))
         + " (order of the slices and choice of their views; every run starts from the same pretrained decoder)",
         "Training": f"{config.steps} steps of {config.batch_size} slices, {data.views} cached views a slice, Adam "
