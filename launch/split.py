@@ -9,7 +9,7 @@ of this script or nnU-Net's.  Every image is read, to find copies under another 
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 
@@ -106,8 +106,8 @@ def read(
     """
 
     def one(case: Case) -> tuple[frozenset[str], float | None]:
-        labelled = foreground is not None and case.label is not None
-        return splits.image_hashes(case), folds.foreground_ml(case, foreground) if labelled else None
+        volume = folds.foreground_ml(case, foreground) if foreground and case.label else None
+        return splits.image_hashes(case), volume
 
     hashes, volumes = {}, {}
     with progress.Progress("Reading", len(cases), "cases") as bar:
@@ -128,28 +128,27 @@ def table(dataset: Dataset, found: Sequence[splits.Fold], domain: str, volumes: 
     known = {case.case_id: case for case in dataset.cases}
     lines = []
     for number, fold in enumerate(found):
-        name = f" ({fold['name']})" if fold.get("name") else ""
-        lines.append(f"fold {number}{name}")
+        lines.append(f"fold {number}" + (f" ({fold['name']})" if fold["name"] else ""))
+        unused = len(known)
         for part in splits.PARTS:
             members = [known[case_id] for case_id in fold.get(part, ())]
-            if not members:
-                continue
-            sizes = [volumes[case.case_id] for case in members if case.case_id in volumes]
-            median = f"{np.median(sizes):8.2f} ml" if sizes else "unknown"
-            by_domain: dict[str, list[Case]] = {}
-            for case in members:
-                by_domain.setdefault(case_tools.domain(case, domain), []).append(case)
-            listed = ", ".join(f"{name} {_counts(own)}" for name, own in sorted(by_domain.items()))
-            lines.append(f"  {part:5}  {_counts(members):30}  median lesion {median}  by {domain}: {listed}")
-        unused = len(known) - len({case_id for part in splits.PARTS for case_id in fold.get(part, ())})
+            unused -= len(members)
+            if members:
+                sizes = [volumes[case.case_id] for case in members if case.case_id in volumes]
+                lesion = f"{np.median(sizes):.2f} ml" if sizes else "not known"
+                counts = f"{len(members):4} cases of {len({case.subject_id for case in members}):4} subjects"
+                lines.append(f"  {part:5} {counts}, median lesion {lesion:>10}; {_by_domain(members, domain)}")
         if unused:
-            lines.append(f"  {unused} case(s) in no part")
+            lines.append(f"  {unused} of the dataset's cases in no part")
     return "\n".join(lines)
 
 
-def _counts(cases: Iterable[Case]) -> str:
-    subjects = [case.subject_id for case in cases]
-    return f"{len(subjects)} case(s) of {len(set(subjects))}"
+def _by_domain(cases: Sequence[Case], column: str) -> str:
+    found: dict[str, list[str]] = {}
+    for case in cases:
+        found.setdefault(case_tools.domain(case, column), []).append(case.subject_id)
+    counts = (f"{name} {len(own)} of {len(set(own))}" for name, own in sorted(found.items()))
+    return f"{column} {', '.join(counts)}"
 
 
 def define_flags() -> None:
@@ -181,7 +180,7 @@ def main() -> None:
         print(f"No leak in {f.check}; use it with --config.data.splits={f.check} --config.data.fold=0")
         return
     names = ("domain", "folds", "val_fraction", "test_fraction", "seed", "source", "target")
-    options = folds.Options(**{name: f[name].value for name in names})
+    options = folds.Options(**{name: getattr(f, name) for name in names})
     print(split(Path(f.data), f.protocol, options, Path(f.output), **shared))
     print(f"The folds are in {f.output}; use one with --config.data.splits={f.output} --config.data.fold=0")
 

@@ -136,6 +136,11 @@ def _leave_one_domain_out(subjects: Sequence[Subject], options: Options) -> list
     for domain in _domains(subjects):
         away = [subject for subject in subjects if domain in subject.cases]
         rest = [subject for subject in subjects if domain not in subject.cases]
+        if len(rest) < 2:
+            raise DataError(
+                f"Without the {options.domain} {domain!r} {len(rest)} subject(s) are left to train and validate on, as "
+                f"{len(away)} have cases there; use --protocol=domain, which takes people seen by both, or add some."
+            )
         found.append({"name": f"without {domain}", **_fold(rest, [], options), "test": _ids(away, domain)})
     return found
 
