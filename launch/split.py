@@ -71,7 +71,7 @@ def check(
     """Check a file of folds, this script's or nnU-Net's; returns the table of its folds.
 
     Raises:
-        InputError: for a file that cannot be used, or a leak.
+        InputError: for a file that cannot be used, a leak, or a part without foreground.
     """
     dataset = case_tools.read(data, layout)
     found = splits.read(path)
@@ -80,6 +80,7 @@ def check(
     hashes, volumes = read(dataset.cases, class_map(dataset, spec) if lesion_load else None)
     for number, fold in enumerate(found):
         splits.check(dataset, fold, f"{path}, fold {number}", hashes)
+        folds.check_parts(fold, f"{path}, fold {number},", volumes)
     return table(dataset, found, domain, volumes)
 
 

@@ -78,14 +78,25 @@ def make(
         _check_domains(dataset, subjects, options.domain)
     found = PROTOCOLS[protocol](subjects, options)
     for fold in found:
-        for part in splits.PARTS:
-            lacks = "case" if not fold[part] else "case with foreground"
-            if not fold[part] or (volumes and not any(volumes[case_id] > 0 for case_id in fold[part])):
-                raise DataError(
-                    f"The fold {fold['name']!r} would have no {lacks} in {part}, with {len(subjects)} subject(s) in "
-                    f"{dataset.root}; add subjects, or try another --seed, other fractions or fewer --folds."
-                )
+        check_parts(fold, f"The fold {fold['name']!r} of {len(subjects)} subject(s) in {dataset.root}", volumes or {})
     return found
+
+
+def check_parts(fold: splits.Fold, where: str, volumes: Mapping[str, float]) -> None:
+    """Refuse a fold of which a part is empty or, as far as ``volumes`` (case id -> ml) tell, without foreground.
+
+    Raises:
+        DataError: naming ``where`` and the part.
+    """
+    for part in splits.PARTS:
+        if part in fold:
+            known = [volumes[case_id] for case_id in fold[part] if case_id in volumes]
+            if not fold[part] or (known and not any(known)):
+                lacks = "case with foreground" if fold[part] else "case"
+                raise DataError(
+                    f"{where} has no {lacks} in {part}; add subjects, or try another --seed, other fractions or fewer "
+                    "--folds."
+                )
 
 
 def foreground_ml(case: Case, class_map: classes.ClassMap) -> float:

@@ -115,6 +115,10 @@ def test_the_table(data, tmp_path):
     without = split.split(data, "domain", folds.Options(source="A"), tmp_path / "other.json", lesion_load=False)
     assert without.count("median lesion  not known;") == 3
     assert split.check(data, tmp_path / "splits.json", "scanner").splitlines() == table
+    nothing = tmp_path / "splits_final.json"
+    nothing.write_text(json.dumps([{"train": ["subject001_A"], "val": []}]))
+    with pytest.raises(DataError, match="splits_final.json, fold 0, has no case in val"):
+        split.check(data, nothing, "scanner")
 
 
 def test_a_copy_under_another_subject_is_refused(data, tmp_path):
