@@ -203,7 +203,7 @@ def image_hashes(case: Case) -> frozenset[str]:
             continue
         try:
             with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:
-                digests[path] = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+                digests[path] = hashlib.file_digest(stream, "sha256").hexdigest()
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(
                 f"{path} (case {case.case_id!r}) cannot be read ({error}); copy or download it again."

@@ -114,6 +114,15 @@ def test_without_loads_only_the_domain_counts():
     assert make(dataset, "kfold") != make(dataset, "kfold", seed=1)
 
 
+def test_the_seed_shuffles_within_a_bin_of_loads():
+    dataset = centres("A" * 24)
+    volumes = {case.case_id: float(i + 1) for i, case in enumerate(dataset.cases)}
+    first, second = (make(dataset, "kfold", volumes, folds=3, seed=seed) for seed in (0, 1))
+    assert first != second
+    for fold in (*first, *second):  # two of each quartile of six
+        assert sorted((volumes[case_id] - 1) // 6 for case_id in fold["test"]) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_leave_one_domain_out_and_the_scanner_split():
     dataset = centres("A" * 8 + "B" * 8 + "C" * 8)
     found = make(dataset, "leave_one_domain_out")
