@@ -15,15 +15,33 @@ UNKNOWN = "unknown"
 def load(config: configs.DataConfig) -> Dataset:
     """The dataset in ``config.root``, every case with a split, every file present.
 
+    The splits are those of the fold that ``config`` names; without one, the dataset's own and drawn ones.
+
     Raises:
-        UsageError: when no root is given, or the layout is unknown.
+        UsageError: when no root is given, the layout is unknown, or there is no such fold.
         DataError: when the folder is not a dataset, a file is missing, case names clash, or a subject leaks.
     """
     if not config.root:
         raise UsageError("--config.data.root is empty; give the dataset's folder.")
-    dataset = layouts.detect(Path(config.root), config.layout)
-    _check(dataset)
+    if config.fold and not config.splits:
+        raise UsageError(f"--config.data.fold={config.fold} needs a file of folds; name it with --config.data.splits.")
+    dataset = read(Path(config.root), config.layout)
+    if config.splits:
+        path = Path(config.splits)
+        return splits.apply(dataset, splits.choose(path, config.fold), f"{path}, fold {config.fold}")
     return splits.assign(dataset, config.val_fraction, config.test_fraction)
+
+
+def read(root: Path, layout: str = "auto") -> Dataset:
+    """The dataset in ``root`` with the splits that it names itself, every file present.
+
+    Raises:
+        UsageError: when the layout is unknown.
+        DataError: when the folder is not a dataset, a file is missing, or case names clash.
+    """
+    dataset = layouts.detect(root, layout)
+    _check(dataset)
+    return dataset
 
 
 def domain(case: Case, column: str) -> str:
@@ -71,7 +89,8 @@ def select(
         raise DataError(
             f"{dataset.root} has no case in the split {split!r}"
             + "".join(f" with {what} {name!r}" for what, name in wanted)
-            + f"; it has {_census(dataset, config.domain)}: add subjects, or a split column to cases.tsv."
+            + f"; it has {_census(dataset, config.domain)}: add subjects, or name the splits in cases.tsv "
+            "or --config.data.splits."
         )
     for case in chosen:
         if split in ("train", "val") and case.label is None:
