@@ -22,7 +22,7 @@ class Report:
 
     dataset: Dataset
     examined: tuple[Examined, ...]  # in the dataset's order
-    findings: tuple[Finding, ...]  # errors first, then by check
+    findings: tuple[Finding, ...]  # errors first, then by check and case
 
     def count(self, level: str) -> int:
         """How many findings of a level."""
@@ -66,7 +66,8 @@ def verify(dataset: Dataset, workers: int = 0, done: Callable[[int, str], None] 
             one of the two often waits for the interpreter, at most 16, because each holds about 200 MB.
         done: called with the number of cases done and the last one's id.
     """
-    pool = futures.ThreadPoolExecutor(workers or min(2 * (os.cpu_count() or 1), MOST_WORKERS), thread_name_prefix="verify")
+    workers = workers or min(2 * (os.cpu_count() or 1), MOST_WORKERS)
+    pool = futures.ThreadPoolExecutor(workers, thread_name_prefix="verify")
     examined: list[Examined] = []
     try:
         for item in pool.map(lambda case: examine(case, dataset.labels), dataset.cases):
@@ -79,7 +80,8 @@ def verify(dataset: Dataset, workers: int = 0, done: Callable[[int, str], None] 
     findings += [Finding("error", "case-id", case.case_id, "", said) for case, said in case_tools.problems(dataset)]
     for check in (_duplicates, _subjects, _splits, _domains, _labels):
         findings += check(dataset, examined)
-    findings.sort(key=lambda finding: (LEVELS.index(finding.level), finding.check))
+    place = {case.case_id: number for number, case in enumerate(dataset.cases)} | {"": len(dataset.cases)}
+    findings.sort(key=lambda finding: (LEVELS.index(finding.level), finding.check, place[finding.case_id]))
     return Report(dataset, tuple(examined), tuple(findings))
 
 
