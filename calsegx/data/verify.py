@@ -92,22 +92,30 @@ def _duplicates(dataset: Dataset, examined: Sequence[Examined]) -> Iterator[Find
         for role, contents in item.files.items():
             if not contents.constant:
                 by_hash[contents.sha256].append((item.case, role, contents))
-    for (first, first_role, kept), *others in by_hash.values():
-        for case, role, contents in others:
-            same = f"{contents.file} ({role} of {case.case_id!r}) has the same voxels as {kept.file} ({first_role} of "
-            same += f"{first.case_id!r})"
-            if (role == LABEL) != (first_role == LABEL):
+    for first, *others in by_hash.values():
+        for other in others:
+            # An image that equals a label is the image's fault, whichever comes first.
+            pair = (other, first) if other[1] == LABEL != first[1] else (first, other)
+            (kept_case, kept_role, kept), (case, role, contents) = pair
+            if kept_role == LABEL != role:
                 level, check, remedy = "error", "label-as-image", "one of them is in the other's place: export it again"
-            elif case.case_id == first.case_id:
+            elif case.case_id == kept_case.case_id:
                 level, check, remedy = "warning", "duplicate", "check that no modality is missing or given twice"
             elif role == LABEL:
                 level, check, remedy = "warning", "duplicate", "check that it belongs to that image"
-            elif case.subject_id == first.subject_id:
+            elif case.subject_id == kept_case.subject_id:
                 level, check, remedy = "warning", "duplicate", "remove one of the two cases"
             else:
                 level, check = "error", "duplicate"
                 remedy = "it could be trained and tested on: remove one, or give both the same subject_id"
-            yield Finding(level, check, case.case_id, contents.file, f"{same}; {remedy}.")
+            yield Finding(
+                level,
+                check,
+                case.case_id,
+                contents.file,
+                f"{contents.file} ({role} of {case.case_id!r}) has the same voxels as {kept.file} ({kept_role} of "
+                f"{kept_case.case_id!r}); {remedy}.",
+            )
 
 
 def _subjects(dataset: Dataset, examined: Sequence[Examined]) -> Iterator[Finding]:

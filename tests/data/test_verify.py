@@ -1,5 +1,6 @@
 """Verification: each check finds what it is for, on small files, and nothing on a dataset that is in order."""
 
+import dataclasses
 import functools
 import json
 
@@ -30,11 +31,9 @@ def write(folder, name, data, affine=AFFINE, **options):
     return make(folder / name, data, affine, **options)
 
 
-@pytest.fixture
-def root(tmp_path):
+def write_dataset(folder):
     """Four subjects of two scanners, two channels, in order in every respect."""
-    folder = tmp_path / "data"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rows = [HEADER]
     for number in range(4):
         name = f"s{number}"
@@ -46,6 +45,11 @@ def root(tmp_path):
     write_table(folder, rows)
     (folder / "dataset.json").write_text('{"labels": {"background": 0, "core": 1, "rim": 2}}')
     return folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_dataset(tmp_path / "data")
 
 
 def write_table(folder, rows):
@@ -316,8 +320,8 @@ def test_an_interrupt_does_not_wait_for_all_cases(root, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(verify, "examine", slow)
-    many = layouts.detect(root)
-    many = verify.Dataset(many.root, many.cases * 50, many.channels, many.labels)
+    dataset = layouts.detect(root)
+    many = dataclasses.replace(dataset, cases=dataset.cases * 50)
     with pytest.raises(KeyboardInterrupt):
         verify.verify(many, workers=1, done=interrupt)
     assert len(started) < 100
