@@ -53,11 +53,11 @@ def verify_dataset(
     failing = report.failing()
     if on_error == "skip" and failing:
         print(f"Left out: {', '.join(failing)}")
-    skipped = on_error == "skip" and len(failing) < len(dataset.cases) and not report.whole()
+    skipped = on_error == "skip" and len(failing) < len(dataset.cases) and not report.dataset_fails()
     if report.count("error") and not skipped:
         where = f"; all findings are in {output / 'verify.json'}" if output else ""
         raise DataError(
-            f"{root} is not valid: {report.count('error')} errors, in {len(failing)} of {len(dataset.cases)} cases"
+            f"{root} is not valid: {report.count('error')} error(s), in {len(failing)} of {len(dataset.cases)} cases"
             f"{where}; correct them, or leave these cases out."
         )
     return report
@@ -92,7 +92,7 @@ def main() -> None:
     output = Path(arguments.output) if arguments.output else None
     report = verify_dataset(Path(arguments.data), arguments.layout, output, arguments.on_error, arguments.workers)
     left = len(report.dataset.cases) - len(report.failing())
-    counts = ", ".join(f"{report.count(level)} {level}s" for level in verify.LEVELS)
+    counts = ", ".join(f"{report.count(level)} {level}(s)" for level in verify.LEVELS)
     where = f"; all of it is in {output / 'verify.json'}" if output else ""
     print(f"{left} of {len(report.dataset.cases)} cases are valid ({counts}){where}")
 

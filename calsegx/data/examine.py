@@ -1,7 +1,7 @@
 """One case's files, read to the last byte: what they hold, what is wrong with them and what is odd."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -103,6 +103,11 @@ def examine(case: Case, labels: Mapping[str, int]) -> Examined:
 Say = Callable[[str, str, str], None]  # level, check, message
 
 
+def absent(labels: Mapping[str, int], ids: Collection[int]) -> list[str]:
+    """The names of the classes that are not among the label ids."""
+    return [name for name, value in labels.items() if value and value not in ids]
+
+
 def _contents(path: Path, volume: Volume, label: bool) -> Contents:
     voxels = volume.voxels
     digest = hashlib.sha256(str(voxels.shape).encode())
@@ -153,7 +158,7 @@ def _check_grid(first: tuple[Volume, Path], path: Path, volume: Volume, say: Say
 
 
 def _check_axes(path: Path, volume: Volume, say: Say) -> None:
-    """Slices: how many, how thick, along which axis; of the case's first image."""
+    """Slices: how many, how thick, along which axis; of the first image, since the others have its grid."""
     names = configs.SLICE_AXES
     thinnest, thickest = min(volume.spacing_mm), max(volume.spacing_mm)
     axis = int(np.argmax(volume.spacing_mm))
@@ -181,6 +186,20 @@ def _check_axes(path: Path, volume: Volume, say: Say) -> None:
             f"{path} has voxels of {sizes} mm, which no scanner makes; correct its unit (xyzt_units) or voxel size.",
         )
 
+    directions = volume.affine[:3, :3] / np.array(volume.spacing_mm)
+    cosine = np.abs(directions.T @ directions - np.eye(3)).max()
+    degrees = np.rad2deg(affines.obliquity(volume.affine).max())
+    if cosine > SHEARED:
+        skew = np.rad2deg(np.arcsin(cosine))
+        say(
+            "note",
+            "axes",
+            f"{path} is sheared: its axes are up to {skew:.1f} degrees off a right angle; its slices are segmented as "
+            "they are stored, so resample it if that is not meant.",
+        )
+    elif degrees > OBLIQUE_DEGREES:
+        say("note", "axes", f"{path} is oblique by {degrees:.1f} degrees; its slices are segmented as they are stored.")
+
 
 def _advice(axis: str) -> str:
     return f", while slices are axial by default; set --config.data.slice_axis={axis}."
@@ -197,7 +216,8 @@ def _check_header(path: Path, volume: Volume, say: Say) -> None:
         sizes = " x ".join(f"{side:.3g}" for side in volume.spacing_mm)
         say("warning", "units", f"{path} is in {unit}: its voxels count as {sizes} mm; correct xyzt_units if not.")
     stored = header.get_data_dtype()
-    if stored.itemsize > 4 and stored.kind in "iu" and np.abs(volume.voxels).max() > _EXACT_IN_FLOAT32:
+    rounded = stored.kind in "iu" and stored.itemsize >= 4 and volume.voxels.dtype.kind == "f"
+    if rounded and np.abs(volume.voxels).max() > _EXACT_IN_FLOAT32:
         say("warning", "type", f"{path} holds {stored.name} values beyond 2^24, which float32 rounds; rescale them.")
     elif stored.itemsize > 4 and stored.kind in "iu":
         say("note", "type", f"{path} is stored as {stored.name}, which many programs refuse; int16 or int32 would do.")
@@ -217,22 +237,6 @@ def _check_affine(path: Path, volume: Volume, say: Say) -> None:
                 f"{path} says two things about its place: sform and qform lie up to {distance:.3g} mm apart and the "
                 "sform is used; set the code of the wrong one to 0.",
             )
-    directions = volume.affine[:3, :3] / np.array(volume.spacing_mm)
-    cosine = np.abs(directions.T @ directions - np.eye(3)).max()
-    degrees = np.rad2deg(affines.obliquity(volume.affine).max())
-    if cosine > SHEARED:
-        say(
-            "note",
-            "axes",
-            f"{path} is sheared: its axes are up to {np.rad2deg(np.arcsin(cosine)):.1f} degrees off a right angle; its "
-            "slices are segmented as they are stored, so resample it if that is not meant.",
-        )
-    elif degrees > OBLIQUE_DEGREES:
-        say(
-            "note",
-            "axes",
-            f"{path} is oblique by {degrees:.1f} degrees; its slices are segmented as they are stored.",
-        )
 
 
 def _check_image(path: Path, voxels: np.ndarray, say: Say) -> None:
@@ -273,10 +277,10 @@ def _check_label(path: Path, ids: Mapping[int, float], labels: Mapping[str, int]
         classes.to_indices(known, np.array(list(ids)), path)
     except DataError as error:
         say("error", "label-ids", str(error))
-    absent = [name for name, value in labels.items() if value and value not in ids]
-    if absent and set(ids) != {0}:
+    missing = absent(labels, ids)
+    if missing and set(ids) != {0}:
         say(
             "warning",
             "empty-label",
-            f"{path} has no voxel of {', '.join(absent)}; check that the case is meant to lack it.",
+            f"{path} has no voxel of {', '.join(missing)}; check that the case is meant to lack it.",
         )

@@ -2,13 +2,13 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
 from typing import Any
 
 from calsegx.data import cases as case_tools
-from calsegx.data.examine import LABEL, Contents, Examined, Finding, examine
+from calsegx.data.examine import LABEL, Contents, Examined, Finding, absent, examine
 from calsegx.interfaces import Case, Dataset
 
 LEVELS = ("error", "warning", "note")
@@ -28,7 +28,7 @@ class Report:
         """How many findings of a level."""
         return sum(finding.level == level for finding in self.findings)
 
-    def whole(self) -> bool:
+    def dataset_fails(self) -> bool:
         """Whether there is an error that no case has for itself, such as a subject in two splits."""
         return any(finding.level == "error" and not finding.case_id for finding in self.findings)
 
@@ -196,7 +196,7 @@ def _labels(dataset: Dataset, examined: Sequence[Examined]) -> Iterator[Finding]
         yield _whole(
             "note", "label-ids", f"The label ids {listing} of {dataset.root} have gaps; predictions keep these ids."
         )
-    never = _never(dataset.labels, found)
+    never = absent(dataset.labels, found)
     if never:
         yield _whole(
             "warning",
@@ -204,10 +204,6 @@ def _labels(dataset: Dataset, examined: Sequence[Examined]) -> Iterator[Finding]
             f"No label file of {dataset.root} has a voxel of {', '.join(never)}, which cannot be learnt; correct the "
             "files, or leave the class out with --config.data.classes.",
         )
-
-
-def _never(labels: Mapping[str, int], found: Sequence[int]) -> list[str]:
-    return [name for name, value in labels.items() if value and value not in found]
 
 
 def _whole(level: str, check: str, message: str) -> Finding:

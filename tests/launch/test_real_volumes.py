@@ -72,7 +72,7 @@ def test_verification_of_real_scans(clinic, tmp_path):
 
 def test_a_real_scan_with_nan_is_refused(tmp_path):
     clinic = make_clinic(tmp_path / "clinic", ["anatomical.nii", BROKEN])
-    with pytest.raises(DataError, match="1 errors, in 1 of 2 cases"):
+    with pytest.raises(DataError, match=r"1 error\(s\), in 1 of 2 cases"):
         verify.verify_dataset(clinic)
     report = verify.verify_dataset(clinic, on_error="skip")
     assert "has 153 NaN or infinite voxels of 1071" in report.failing()["resampled_anat_moved"]

@@ -36,7 +36,9 @@ def test_a_dataset_in_order(dataset, tmp_path, capsys):
 
 def test_stop_lists_everything_and_fails(damaged, tmp_path, capsys):
     before = snapshot(damaged)
-    with pytest.raises(DataError, match=r"2 errors, in 2 of 8 cases; all findings are in .*verify.json; correct them"):
+    with pytest.raises(
+        DataError, match=r"2 error\(s\), in 2 of 8 cases; all findings are in .*verify.json; correct them"
+    ):
         verify.verify_dataset(damaged, output=tmp_path / "out")
     printed = capsys.readouterr().out
     assert "error: file (1)\n  subject002_A: " in printed and "error: geometry (1)\n  subject001_A: " in printed
@@ -61,16 +63,16 @@ def test_skip_cannot_leave_out_all_or_what_is_no_case(dataset, damaged):
     with pytest.raises(DataError, match="in 2 of 2 cases"):
         verify.verify_dataset(damaged, on_error="skip")
     table.write_text(good.replace("subject003_A\tsubject003", "subject003_A\tsubject005"))
-    with pytest.raises(DataError, match="is not valid: 3 errors, in 2 of 8 cases"):
+    with pytest.raises(DataError, match=r"is not valid: 3 error\(s\), in 2 of 8 cases"):
         verify.verify_dataset(damaged, on_error="skip")
 
 
 def test_long_groups_are_cut_where_the_file_has_them(dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(verify, "MOST_LINES", 3)
+    monkeypatch.setattr(verify, "MOST_LINES", 1)
     report = verify.verify_dataset(dataset, output=tmp_path / "out")
     oblique = sum(finding.check == "axes" for finding in report.findings)
     assert f"note: axes ({oblique})" in (printed := capsys.readouterr().out)
-    assert printed.count("is oblique by") == 3 and f"and {oblique - 3} more in verify.json" in printed
+    assert printed.count("is oblique by") == 1 < oblique and f"and {oblique - 1} more in verify.json" in printed
     verify.verify_dataset(dataset)
     assert capsys.readouterr().out.count("is oblique by") == oblique
 
