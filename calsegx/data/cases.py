@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from calsegx import configs
@@ -145,28 +146,40 @@ def fingerprint(case: Case) -> str:
     return digest.hexdigest()
 
 
-def _check(dataset: Dataset) -> None:
-    """File names that case ids can become, and files that exist, each in one role."""
+def problems(dataset: Dataset) -> Iterator[tuple[Case, str]]:
+    """Case ids that cannot name a file, or differ only in case, and files with two roles, each as a sentence."""
     seen: dict[str, str] = {}
     roles: dict[Path, str] = {}
     for case in dataset.cases:
         # Predictions are named after the case, also on file systems that ignore case.
         if not re.fullmatch(r"[^\s/\\:*?\"<>|.][^/\\:*?\"<>|\t\n]*", case.case_id):
-            raise DataError(
-                f"Case {case.case_id!r} of {dataset.root} cannot name a file; use letters, digits, '-' and '_'."
+            yield (
+                case,
+                f"Case {case.case_id!r} of {dataset.root} cannot name a file; use letters, digits, '-' and '_'.",
             )
         other = seen.setdefault(case.case_id.casefold(), case.case_id)
         if other != case.case_id:
-            raise DataError(
-                f"Cases {other!r} and {case.case_id!r} of {dataset.root} differ only in upper and lower case."
+            yield (
+                case,
+                f"Cases {other!r} and {case.case_id!r} of {dataset.root} differ only in upper and lower case; rename "
+                "one.",
             )
         for role, path in [*case.images.items(), *([("label", case.label)] if case.label else [])]:
-            nifti.require_file(path, f"case {case.case_id}, {role}")
             if path in roles:
-                raise DataError(
-                    f"{path} is given as {roles[path]} and as {role} of case {case.case_id!r}; give each its own file."
+                yield (
+                    case,
+                    f"{path} is given as {roles[path]} and as {role} of case {case.case_id!r}; give each its own file.",
                 )
             roles[path] = f"{role} of case {case.case_id!r}"
+
+
+def _check(dataset: Dataset) -> None:
+    """No problems, and files that exist."""
+    for _, sentence in problems(dataset):
+        raise DataError(sentence)
+    for case in dataset.cases:
+        for role, path in [*case.images.items(), *([("label", case.label)] if case.label else [])]:
+            nifti.require_file(path, f"case {case.case_id}, {role}")
 
 
 def _one_domain(name: str, what: str, known: tuple[str, ...], column: str) -> None:
