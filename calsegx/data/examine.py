@@ -131,7 +131,7 @@ def _contents(path: Path, volume: Volume, label: bool) -> Contents:
 def _file_axes(volume: Volume) -> Iterator[str]:
     """The directions of the file's own axes: the working ones (S, P, L), or their opposites."""
     for target, flip in volume.orientation.astype(int):
-        yield nifti.WORKING_AXES[target] if flip == 1 else "IAR"[target]
+        yield nifti.WORKING_AXES["axial"][target] if flip == 1 else "IAR"[target]
 
 
 def _check_twin(path: Path, say: Say) -> None:
