@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from calsegx import configs
-from calsegx.data import layouts, nifti, splits
+from calsegx.data import images, layouts, splits
 from calsegx.interfaces import Case, DataError, Dataset, UsageError
 
 UNKNOWN = "unknown"
@@ -129,44 +129,55 @@ def channels(config: configs.DataConfig, dataset: Dataset) -> tuple[str, str, st
 
 
 def fingerprint(case: Case) -> str:
-    """SHA-256 over the bytes of the case's images and label, and the channels' names."""
+    """SHA-256 over the bytes of the case's images and label, the channels' names and which volumes they are."""
     digest = hashlib.sha256()
-    files = [*sorted(case.images.items()), *([("label", case.label)] if case.label else [])]
-    for role, path in files:
-        try:
-            with open(path, "rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise DataError(
-                f"{path} (case {case.case_id!r}, {role}) cannot be read ({error.strerror}); check the path and the "
-                "drive."
-            ) from error
-        digest.update(f"{role}\0{content}\n".encode())
+    contents: dict[Path, str] = {}
+    for role, path, volume in _files(case):
+        if path not in contents:
+            try:
+                with open(path, "rb") as stream:
+                    contents[path] = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise DataError(
+                    f"{path} (case {case.case_id!r}, {role}) cannot be read ({error.strerror}); check the path and "
+                    "the drive."
+                ) from error
+        index = "" if volume is None else f"\0{volume}"
+        digest.update(f"{role}{index}\0{contents[path]}\n".encode())
     return digest.hexdigest()
 
 
+def _files(case: Case) -> list[tuple[str, Path, int | None]]:
+    """(role, file, index of the volume) of the images by name, then of the label."""
+    files = [(channel, path, case.volumes.get(channel)) for channel, path in sorted(case.images.items())]
+    return [*files, ("label", case.label, None)] if case.label else [*files]
+
+
 def _check(dataset: Dataset) -> None:
-    """File names that case ids can become, and files that exist, each in one role."""
+    """File names that case ids can become, each once, and files that exist, each in one role."""
     seen: dict[str, str] = {}
-    roles: dict[Path, str] = {}
+    uses: dict[Path, list[tuple[str, str, int | None]]] = {}
     for case in dataset.cases:
         # Predictions are named after the case, also on file systems that ignore case.
         if not re.fullmatch(r"[^\s/\\:*?\"<>|.][^/\\:*?\"<>|\t\n]*", case.case_id):
             raise DataError(
                 f"Case {case.case_id!r} of {dataset.root} cannot name a file; use letters, digits, '-' and '_'."
             )
-        other = seen.setdefault(case.case_id.casefold(), case.case_id)
-        if other != case.case_id:
-            raise DataError(
-                f"Cases {other!r} and {case.case_id!r} of {dataset.root} differ only in upper and lower case."
-            )
-        for role, path in [*case.images.items(), *([("label", case.label)] if case.label else [])]:
-            nifti.require_file(path, f"case {case.case_id}, {role}")
-            if path in roles:
-                raise DataError(
-                    f"{path} is given as {roles[path]} and as {role} of case {case.case_id!r}; give each its own file."
-                )
-            roles[path] = f"{role} of case {case.case_id!r}"
+        other = seen.get(case.case_id.casefold())
+        if other is not None:
+            how = "stand there twice" if other == case.case_id else "differ only in upper and lower case"
+            raise DataError(f"Cases {other!r} and {case.case_id!r} of {dataset.root} {how}; rename one.")
+        seen[case.case_id.casefold()] = case.case_id
+        for role, path, volume in _files(case):
+            images.require_file(path, f"case {case.case_id}, {role}")
+            for other, other_role, other_volume in uses.setdefault(path, []):
+                # Only the channels of one case may share a file: as different volumes of it.
+                if other != case.case_id or volume == other_volume or None in (volume, other_volume):
+                    raise DataError(
+                        f"{path} is given as {other_role} of case {other!r} and as {role} of case {case.case_id!r}; "
+                        "give each its own file."
+                    )
+            uses[path].append((case.case_id, role, volume))
 
 
 def _one_domain(name: str, what: str, known: tuple[str, ...], column: str) -> None:
