@@ -80,7 +80,7 @@ def _labels(root: Path, masks: list[Path]) -> dict[str, int]:
     ids.discard(0)
     if not ids:
         raise DataError(
-            f'The {len(chosen)} masks looked at in {masks[0].parent} are empty; declare the ids in {declared}: '
+            f"The {len(chosen)} masks looked at in {masks[0].parent} are empty; declare the ids in {declared}: "
             '{"background": 0, "name": id}.'
         )
     if len(ids) == 1:

@@ -47,9 +47,7 @@ def _labels(path: Path, labels: Any) -> dict[str, int]:
     if not isinstance(labels, dict) or not all(
         number.isascii() and number.isdigit() and isinstance(name, str) for number, name in labels.items()
     ):
-        raise DataError(
-            f'{path}: labels are {labels!r}; expected {{"0": "background", "1": "tumour"}} (nnU-Net v1).'
-        )
+        raise DataError(f'{path}: labels are {labels!r}; expected {{"0": "background", "1": "tumour"}} (nnU-Net v1).')
     turned = {name: int(number) for number, name in labels.items()}
     if len(turned) < len(labels):
         raise DataError(f"{path}: two labels have the same name ({labels}); give each its own.")
