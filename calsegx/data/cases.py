@@ -150,7 +150,7 @@ def fingerprint(case: Case) -> str:
 def _files(case: Case) -> list[tuple[str, Path, int | None]]:
     """(role, file, index of the volume) of the images by name, then of the label."""
     files = [(channel, path, case.volumes.get(channel)) for channel, path in sorted(case.images.items())]
-    return [*files, ("label", case.label, None)] if case.label else [*files]
+    return [*files, ("label", case.label, None)] if case.label else files
 
 
 def _check(dataset: Dataset) -> None:

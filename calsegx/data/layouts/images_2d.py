@@ -31,7 +31,7 @@ def read(root: Path) -> Dataset | None:
     if not folders or not (root / "images").is_dir():
         return None
     files = (path for folder in (root / "images", *folders) for path in folder.iterdir())
-    if not any(path.suffix.lower() == pictures.ENDING for path in files):
+    if not any(path.suffix.lower() == pictures.ENDING and not path.name.startswith(".") for path in files):
         return None
     if len(folders) > 1:
         raise DataError(f"{root} has both masks and labels; move away the folder that is not to be used.")

@@ -75,7 +75,7 @@ def test_files_that_do_not_pair(tmp_path, added, message):
 
 
 def test_folders_without_png_files_are_of_another_layout(tmp_path):
-    touch(tmp_path / "images/a.nii.gz", tmp_path / "labels/a.nii.gz")
+    touch(tmp_path / "images/a.nii.gz", tmp_path / "labels/a.nii.gz", tmp_path / "images/._a.png")
     with pytest.raises(DataError, match="no known layout"):
         layouts.detect(tmp_path)
 
