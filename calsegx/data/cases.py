@@ -129,7 +129,7 @@ def fingerprint(case: Case) -> str:
 def _check(dataset: Dataset) -> None:
     """File names that case ids can become, and files that exist, each in one role."""
     seen: dict[str, str] = {}
-    roles: dict[Path, str] = {}
+    roles: dict[Path, tuple[str, Case]] = {}
     for case in dataset.cases:
         # Predictions are named after the case, also on file systems that ignore case.
         if not re.fullmatch(r"[^\s/\\:*?\"<>|.][^/\\:*?\"<>|\t\n]*", case.case_id):
@@ -143,11 +143,13 @@ def _check(dataset: Dataset) -> None:
             )
         for role, path in [*case.images.items(), *([("label", case.label)] if case.label else [])]:
             nifti.require_file(path, f"case {case.case_id}, {role}")
-            if path in roles:
+            other, owner = roles.setdefault(path, (role, case))
+            shared = role == other == "label" and case.subject_id == owner.subject_id  # by copies of one scan
+            if (role, case) != (other, owner) and not shared:
                 raise DataError(
-                    f"{path} is given as {roles[path]} and as {role} of case {case.case_id!r}; give each its own file."
+                    f"{path} is given as {other} of case {owner.case_id!r} and as {role} of case {case.case_id!r}; "
+                    "give each its own file."
                 )
-            roles[path] = f"{role} of case {case.case_id!r}"
 
 
 def _one_domain(name: str, what: str, known: tuple[str, ...], column: str) -> None:

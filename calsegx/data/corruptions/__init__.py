@@ -11,7 +11,7 @@ input's range, so that the last bits, in which Fourier transforms and machines d
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -108,12 +108,7 @@ def reference(voxels: np.ndarray) -> float:
 
 
 def head(voxels: np.ndarray) -> np.ndarray:
-    """Where the head is, bool ``[D, H, W]``: above 15 % of ``reference``, without specks, every slice's holes filled."""
+    """Where the head is, bool ``[D, H, W]``: above 15 % of ``reference``, no specks, every slice's holes filled."""
     mask = voxels > 0.15 * reference(voxels)
     cross = ndimage.generate_binary_structure(2, 1)
     return np.stack([ndimage.binary_fill_holes(ndimage.median_filter(plane, footprint=cross)) for plane in mask])
-
-
-def describe(corruptions: Sequence[str]) -> Mapping[str, Any]:
-    """What a manifest says of how its files were made, beside their hashes."""
-    return {"version": VERSION, "steps": STEPS, "parameters": {name: parameters(name) for name in sorted(corruptions)}}

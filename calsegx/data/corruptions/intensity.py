@@ -19,17 +19,17 @@ def bias_field(
     """A receive field that is stronger on one side: ``x exp(p)``, ``p`` a random polynomial of order 3.
 
     ``p = sum c_ijk d^i h^j w^k`` over ``1 <= i + j + k <= 3`` with coordinates from -1 to 1 and ``c`` from U(-1, 1),
-    shifted and scaled to mean 0 and standard deviation ``spread`` over the head, and beyond the head held at its extremes
-    there.  A background of 0 stays 0.
+    shifted and scaled to mean 0 and standard deviation ``spread`` over the head, outside of which it stays between the
+    head's extremes.  A background of 0 stays 0.
 
     Source: TorchIO's RandomBiasField (order 3, coefficients up to 0.5); the scaling makes the level, not the draw, say
     how strong it is.
     """
     del spacing_mm
-    d, h, w = np.meshgrid(*(np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in voxels.shape), indexing="ij")
-    orders = [(i, j, k) for i in range(4) for j in range(4) for k in range(4) if 1 <= i + j + k <= 3]
-    coefficients = rng.uniform(-1, 1, len(orders))
-    field = sum(c * d**i * h**j * w**k for c, (i, j, k) in zip(coefficients, orders, strict=True))
+    d, h, w = (np.linspace(-1, 1, size) if size > 1 else np.zeros(1) for size in voxels.shape)
+    order = np.add.outer(np.add.outer(range(4), range(4)), range(4))
+    coefficients = rng.uniform(-1, 1, order.shape) * ((order >= 1) & (order <= 3))
+    field = np.polynomial.polynomial.polygrid3d(d, h, w, coefficients)
     inside = field[mask] if (mask := corruptions.head(voxels)).any() else field
     if not (deviation := inside.std()):
         return voxels

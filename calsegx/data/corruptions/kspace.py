@@ -34,8 +34,8 @@ def motion(
     ``|F^-1 sum_s m_s F(T_s x)|``: ``m_s`` are the lines acquired between two movements, ``T_s`` the rigid pose then: a
     turn about a random axis through the centre and a shift in a random direction, each U(1/2, 1) of the level's
     ``degrees`` and ``millimetres``.  Movements are equally spaced in time, each moved by up to 0.3 of the spacing.  The
-    lines around the centre of k-space are of the unmoved image, so labels stay where they are.  What turns into view
-    is 0.  A single slice stays in its plane.
+    lines around the centre of k-space are of the unmoved image, so labels stay where they are.  What comes into
+    view repeats the border.  A single slice stays in its plane.
 
     Source: Shaw et al., MIDL 2019, and TorchIO's RandomMotion (2 movements of up to 10 degrees and 10 mm, times with
     the same jitter), which ATLAS-C's motion is of the kind of; ATLAS-C's own parameters are not published.
@@ -148,4 +148,4 @@ def _move(voxels: np.ndarray, spacing_mm: Sequence[float], turn: np.ndarray, shi
     spacing, centre = np.array(spacing_mm), (np.array(voxels.shape) - 1) / 2
     matrix = Rotation.from_rotvec(turn).as_matrix() * spacing / spacing[:, None]  # in voxels, rigid in millimetres
     offset = centre - matrix @ (centre + shift_mm / spacing)
-    return ndimage.affine_transform(voxels, matrix, offset, order=1)
+    return ndimage.affine_transform(voxels, matrix, offset, order=1, mode="nearest")
