@@ -65,12 +65,12 @@ def contrast_swap(
     level: int,
     rng: np.random.Generator,
     *,
-    share: Sequence[float] = (0.1, 0.25, 0.4, 0.7, 1.0),
+    share: Sequence[float] = (0.1, 0.2, 0.3, 0.75, 1.0),
 ) -> np.ndarray:
     """The contrast of another sequence: ``(1 - a) x + a (low + high - x)`` within the head, ``a`` the ``share``.
 
-    ``low`` and ``high`` are the head's 0.5th and 99.5th percentile; at level 5 bright is dark, as from T1 to T2, at
-    level 3 a fifth of the contrast is left.  Nothing is random, and outside the head nothing changes.
+    ``low`` and ``high`` are the head's 0.5th and 99.5th percentile; level 3 leaves 40 % of the
+    contrast, at level 5 bright is dark, as from T1 to T2.  Nothing is random, and outside the head nothing changes.
 
     Source: MR sequences with opposite contrasts; the inversion is the simplest such map.
     """

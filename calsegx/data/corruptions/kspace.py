@@ -25,9 +25,9 @@ def motion(
     level: int,
     rng: np.random.Generator,
     *,
-    degrees: Sequence[float] = (1.0, 2.0, 4.0, 7.0, 11.0),
-    millimetres: Sequence[float] = (1.0, 2.0, 3.5, 6.0, 10.0),
-    movements: Sequence[int] = (2, 3, 4, 5, 6),
+    degrees: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 14.0),
+    millimetres: Sequence[float] = (1.0, 2.0, 3.5, 7.0, 12.0),
+    movements: Sequence[int] = (2, 3, 4, 6, 8),
 ) -> np.ndarray:
     """The patient moves ``movements`` times while k-space is acquired, row after row.
 
@@ -38,7 +38,7 @@ def motion(
     view repeats the border.  A single slice stays in its plane.
 
     Source: Shaw et al., MIDL 2019, and TorchIO's RandomMotion (2 movements of up to 10 degrees and 10 mm, times with
-    the same jitter), which ATLAS-C's motion is of the kind of; ATLAS-C's own parameters are not published.
+    the same jitter), as in ATLAS-C, whose own parameters we do not have.
     """
     count = corruptions.at(movements, level)
     times = (np.arange(1, count + 1) + rng.uniform(-0.3, 0.3, count)) / (count + 1)
