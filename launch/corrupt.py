@@ -191,6 +191,8 @@ def _write_images(
                 saved = time.monotonic()
 
     save()  # from here on the folder is known as ours
+    for leftover in (output / "images").glob(".*.tmp"):  # of a process that was killed while writing
+        leftover.unlink()
     try:
         _for_each_scan(copies, write, workers, "Corrupting")
     finally:
