@@ -147,11 +147,10 @@ def _copies(dataset: Dataset, cases: Iterable[Case], names: Sequence[str], level
 
 def _make(copy: Copy, volume: Volume) -> np.ndarray:
     """The copy's voxels in the type of its file: the input's, where that holds unscaled integers of up to 16 bits."""
-    header, dtype = volume.header, volume.header.get_data_dtype()
-    unscaled = header["scl_slope"] in (0, 1) or np.isnan(header["scl_slope"])
-    if dtype.kind not in "iu" or dtype.itemsize > 2 or not unscaled or header["scl_inter"] not in (0,):
+    dtype = volume.header.get_data_dtype().newbyteorder("=")
+    slope, intercept = volume.header.get_slope_inter()  # None: not scaled
+    if dtype.kind not in "iu" or dtype.itemsize > 2 or (slope or 1, intercept or 0) != (1, 0):
         dtype = np.dtype(np.float32)
-    dtype = dtype.newbyteorder("=")
     if not copy.level:
         return volume.voxels.astype(dtype)
     scan = (copy.case.case_id, copy.channel)

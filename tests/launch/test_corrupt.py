@@ -201,6 +201,25 @@ def test_floats_unlabelled_cases_and_other_splits(tmp_path, capsys):
     assert image.get_data_dtype() == np.float32 and np.asarray(image.dataobj).min() < 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "slope", "stored"), [("i2", 1, "<i2"), (">u2", 1, ">u2"), ("u1", 0.5, "<f4"), ("i4", 1, "<f4")]
+)
+def test_the_type_of_the_file_is_kept_where_it_holds_unscaled_small_integers(tmp_path, dtype, slope, stored):
+    root = tmp_path / "one"
+    root.mkdir()
+    header = nibabel.Nifti1Header(endianness=">" if dtype.startswith(">") else "<")
+    header.set_data_dtype(dtype)
+    voxels = np.arange(12 * 10 * 3).reshape(12, 10, 3) % 90
+    image = nibabel.Nifti1Image(voxels.astype(dtype), np.diag([2, 2, 5, 1.0]), header)
+    image.header.set_slope_inter(slope, 0)
+    nibabel.save(image, root / "a.nii")
+    (root / "cases.tsv").write_text("case_id\timage:T1\tsplit\na\ta.nii\ttest\n")
+    corrupt.corrupt(configs.DataConfig(root=str(root)), ["blur"], [5], tmp_path / "out")
+    clean = nibabel.load(tmp_path / "out" / "images" / "a__clean_0000.nii.gz")
+    assert clean.get_data_dtype() == np.dtype(stored)
+    np.testing.assert_array_equal(np.asarray(clean.dataobj), np.asarray(nibabel.load(root / "a.nii").dataobj))
+
+
 def test_a_sweep_is_evaluated_by_domain(config, folder, tmp_path):
     lines = (folder / "cases.tsv").read_text().splitlines()
     one = [line for line in lines if line.startswith(("case_id", lines[1].partition("__")[0]))]

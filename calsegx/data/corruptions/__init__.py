@@ -92,8 +92,9 @@ def corrupt(
     if np.issubdtype(dtype, np.integer):
         limits = np.iinfo(dtype)
         return np.clip(np.rint(found), limits.min, limits.max).astype(dtype)
-    step = (float(voxels.max()) - float(voxels.min())) / STEPS
-    return (np.rint(found / step) * step if step > 0 else found).astype(dtype)
+    extent = float(voxels.max()) - float(voxels.min()) or abs(float(voxels.max()))  # of a constant image its value
+    step = extent / STEPS
+    return (np.rint(found / step) * step if step else found).astype(dtype)
 
 
 def at(values: Sequence[Any], level: int) -> Any:
