@@ -113,7 +113,7 @@ def test_every_unreadable_file_is_listed_and_stops_no_other(root):
 
 
 def test_a_folder_that_may_not_be_entered(root, monkeypatch):
-    def refuse(path):
+    def refuse(path, slice_axis):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("calsegx.data.nifti.read_labels", refuse)
