@@ -22,7 +22,7 @@ def load(config: configs.DataConfig) -> Dataset:
     if not config.root:
         raise UsageError("--config.data.root is empty; give the dataset's folder.")
     dataset = layouts.detect(Path(config.root), config.layout)
-    _check(dataset)
+    check(dataset)
     return splits.assign(dataset, config.val_fraction, config.test_fraction)
 
 
@@ -126,8 +126,8 @@ def fingerprint(case: Case) -> str:
     return digest.hexdigest()
 
 
-def _check(dataset: Dataset) -> None:
-    """File names that case ids can become, and files that exist, each in one role."""
+def check(dataset: Dataset) -> None:
+    """File names that case ids can become, and files that exist, each in one role; else a DataError."""
     seen: dict[str, str] = {}
     roles: dict[Path, str] = {}
     for case in dataset.cases:
