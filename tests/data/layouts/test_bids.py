@@ -15,9 +15,7 @@ def table(path, text):
 
 def test_masks_of_derivatives(tmp_path):
     root = fake.bids(tmp_path, subjects=("sub-01", "sub-02"))
-    fake.write(
-        root, "sub-03/anat/sub-03_T1w.nii.gz", "sub-03/anat/sub-03_FLAIR.nii.gz", "sub-03/anat/sub-03_T2w.nii.gz"
-    )
+    fake.write(root, *(f"sub-03/anat/sub-03_{image}.nii.gz" for image in ("T1w", "T2w", "FLAIR")))
     fake.write(root, "derivatives/fmriprep/sub-01/anat/sub-01_desc-brain_mask.nii.gz")
     name, dataset = layouts.recognise(root)
     assert (name, dataset.channels, dataset.labels) == ("bids", ("FLAIR", "T1w"), {"background": 0, "lesion": 1})
@@ -33,10 +31,10 @@ def test_sessions_and_repeated_suffixes(tmp_path):
     for session in ("ses-a", "ses-b"):
         case = f"sub-01_{session}"
         fake.write(root / "sub-01" / session / "anat", f"{case}_T1w.nii.gz", f"{case}_ce-gd_T1w.nii.gz")
-        fake.write(root / "sub-01" / session / "anat", f"{case}_acq-{session[-1]}_FLAIR.nii.gz", f"{case}_mask.nii.gz")
-        fake.write(
-            root / "derivatives" / "x" / "sub-01" / session, f"{case}_space-MNI_mask.nii.gz", f"{case}_mask.nii.gz"
-        )
+        fake.write(root / "sub-01" / session / "anat", f"{case}_acq-{session[-1]}_FLAIR.nii.gz")
+        fake.write(root / "sub-01" / session / "anat", f"{case}_dseg.nii.gz")  # no image, and not in derivatives
+        masks = (f"{case}_space-MNI_mask.nii.gz", f"{case}_mask.nii.gz")
+        fake.write(root / "derivatives" / "x" / "sub-01" / session, *masks)
     dataset = layouts.detect(root)
     assert dataset.channels == ("FLAIR", "T1w", "ce-gd_T1w") and dataset.labels == {"background": 0, "mask": 1}
     assert [(case.case_id, case.subject_id) for case in dataset.cases] == [
