@@ -50,12 +50,13 @@ def measure(
         progress: called with the number of cases that are done.
 
     Raises:
-        DataError: for the first file that cannot be used.
+        DataError: for a file that cannot be used; the rest is not read then.
     """
     pool = futures.ThreadPoolExecutor(workers)
     try:
         running = [pool.submit(_measure, case, dataset.channels[0], headers_only) for case in dataset.cases]
-        for done, _ in enumerate(futures.as_completed(running), start=1):
+        for done, future in enumerate(futures.as_completed(running), start=1):
+            future.result()  # raises now, not after the rest is read
             progress(done)
         return [future.result() for future in running]
     finally:

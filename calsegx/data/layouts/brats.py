@@ -63,13 +63,7 @@ def read(root: Path) -> Dataset | None:
         _case(folder, names, CHANNELS[separator], older[folder.parent].get(folder.name, folder.name))
         for folder, names in files.items()
     ]
-    labelled = {folder.parent: folder for folder, case in zip(files, cases, strict=True) if case.label}
-    for folder, case in zip(files, cases, strict=True):
-        if case.label is None and folder.parent in labelled:
-            raise DataError(
-                f"Case {case.case_id!r} has no file {case.case_id}{separator}seg, but {labelled[folder.parent]} beside "
-                "it has one; add it or move the case away."
-            )
+    _check_labels(dict(zip(files, cases, strict=True)))
     return Dataset(root, trees.distinct(root, cases), tuple(CHANNELS[separator]), _labels(separator, next(iter(files))))
 
 
@@ -94,6 +88,17 @@ def _case(folder: Path, files: Mapping[str, Path], channels: Mapping[str, str], 
         split="" if label else "test",
         centre=institution[2] if institution else "",
     )
+
+
+def _check_labels(cases: Mapping[Path, Case]) -> None:
+    """Of the folders beside each other all have a label, or none."""
+    labelled = {folder.parent: folder for folder, case in cases.items() if case.label}
+    for folder, case in cases.items():
+        if case.label is None and folder.parent in labelled:
+            raise DataError(
+                f"Case {case.case_id!r} in {folder} has no 'seg' file, but {labelled[folder.parent]} has one; add it "
+                "or move the case away."
+            )
 
 
 def _older_names(folder: Path) -> dict[str, str]:

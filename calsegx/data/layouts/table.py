@@ -50,7 +50,10 @@ def read(root: Path) -> Dataset | None:
     default_classes = ""
     if description.is_file():
         content = nnunet_v2.read_description(description)
-        labels, default_classes = nnunet_v2.parse_labels(description, content), str(content.get("default_classes", ""))
+        labels, default_classes = (
+            nnunet_v2.parse_labels(description, content),
+            str(content.get("default_classes") or ""),
+        )
     return Dataset(root, cases, channels, labels, default_classes)
 
 

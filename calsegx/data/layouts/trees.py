@@ -23,7 +23,7 @@ def images(folder: Path, prefix: str) -> dict[str, Path]:
         DataError: when one image is there twice, as ``.nii.gz`` and as ``.nii``.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob(f"{prefix}*")):
+    for path in sorted(path for path in folder.glob("*") if path.name.startswith(prefix)):
         ending = next((ending for ending in nnunet_v2.IMAGE_ENDINGS if path.name.endswith(ending)), None)
         if ending is None:
             continue
