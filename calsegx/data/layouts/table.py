@@ -50,10 +50,8 @@ def read(root: Path) -> Dataset | None:
     default_classes = ""
     if description.is_file():
         content = nnunet_v2.read_description(description)
-        labels, default_classes = (
-            nnunet_v2.parse_labels(description, content),
-            str(content.get("default_classes") or ""),
-        )
+        labels = nnunet_v2.parse_labels(description, content)
+        default_classes = str(content.get("default_classes") or "")
     return Dataset(root, cases, channels, labels, default_classes)
 
 
