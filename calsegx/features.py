@@ -5,7 +5,8 @@ Layout of a cache folder::
     signature.json                     what the features depend on; checked before reuse
     <case id>/view0/features/...       zarr3, bfloat16 [n, h, w, C], one chunk per slice, crc32c
     <case id>/view0/labels/...         zarr3, uint8 [n, Hl, Wl], one chunk per slice, crc32c
-    <case id>/view0/{slices,points,point_labels,boxes}/...
+    <case id>/view0/slices/...
+    <case id>/view0/<protocol>.{points,labels,boxes}/...
     <case id>/view0/done.json          written last: the case's fingerprint, the arrays' shapes, and the SHA-256
                                        of their zarr.json and of itself
 
@@ -29,7 +30,7 @@ from calsegx.interfaces import InputError, Prompts
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _PER_SLICE = ("features", "labels")  # one chunk per slice; the small arrays are one chunk each
-_PROMPT_ARRAYS = {"points": "points", "labels": "point_labels", "boxes": "boxes"}  # Prompts field -> array
+_PROMPT_TYPES = {"points": np.float32, "labels": np.int32, "boxes": np.float32}  # array "<protocol>.<field>"
 
 
 class CachedSlices(NamedTuple):
@@ -38,7 +39,7 @@ class CachedSlices(NamedTuple):
     features: np.ndarray  # [n, h, w, C] bfloat16
     labels: np.ndarray | None  # [n, Hl, Wl] uint8 at the decoder's resolution; None for a case without labels
     slices: np.ndarray  # [n] int64: position of each slice in the volume
-    prompts: Prompts  # those that were written
+    prompts: Mapping[str, Prompts]  # by protocol
 
 
 class _View(NamedTuple):
@@ -103,7 +104,7 @@ class FeatureCache:
         features: np.ndarray,
         labels: np.ndarray | None,
         slices: np.ndarray,
-        prompts: Prompts,
+        prompts: Mapping[str, Prompts],
         fingerprint: str,
     ) -> None:
         """Write one view of a case: complete in a temporary folder, then renamed; an older view is replaced.
@@ -114,7 +115,7 @@ class FeatureCache:
             features: ``[n, h, w, C]``; stored as bfloat16.
             labels: ``[n, Hl, Wl]`` uint8, or None.
             slices: ``[n]``, the slices' positions in the volume.
-            prompts: ``points [n, N, 2]``, ``labels [n, N]``, ``boxes [n, 4]``; what is None is not stored.
+            prompts: by protocol: ``points [n, N, 2]``, ``labels [n, N]``, ``boxes [n, 4]``; what is None is not stored.
             fingerprint: of the case's files.
 
         Raises:
@@ -123,10 +124,10 @@ class FeatureCache:
         arrays = {"features": np.asarray(features, BFLOAT16), "slices": np.asarray(slices, np.int64)}
         if labels is not None:
             arrays["labels"] = np.asarray(labels, np.uint8)
-        for field, name in _PROMPT_ARRAYS.items():
-            if getattr(prompts, field) is not None:
-                dtype = np.int32 if name == "point_labels" else np.float32
-                arrays[name] = np.asarray(getattr(prompts, field), dtype)
+        for protocol, of_protocol in prompts.items():
+            for field, dtype in _PROMPT_TYPES.items():
+                if getattr(of_protocol, field) is not None:
+                    arrays[f"{protocol}.{field}"] = np.asarray(getattr(of_protocol, field), dtype)
         counts = {name: len(array) for name, array in arrays.items()}
         if len(set(counts.values())) != 1:
             raise ValueError(f"case {case_id!r}, {view}: arrays of different length {counts}")
@@ -176,8 +177,12 @@ class FeatureCache:
             except ValueError as error:
                 raise self._damaged(case_id, view, error) from error
         small = {name: array[chosen] for name, array in opened.arrays.items()}
-        prompts = Prompts(**{field: small.get(name) for field, name in _PROMPT_ARRAYS.items()})
-        return CachedSlices(large["features"], large.get("labels"), small["slices"], prompts)
+        prompts: dict[str, dict[str, np.ndarray]] = {}
+        for name in small.keys() - {"slices"}:
+            protocol, _, field = name.partition(".")
+            prompts.setdefault(protocol, {})[field] = small[name]
+        by_protocol = {protocol: Prompts(**fields) for protocol, fields in prompts.items()}
+        return CachedSlices(large["features"], large.get("labels"), small["slices"], by_protocol)
 
     def read_case(self, case_id: str, view: str) -> CachedSlices:
         """Read a whole view; errors as in ``read_slices``."""

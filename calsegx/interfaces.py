@@ -43,8 +43,9 @@ class DataError(InputError):
 class Volume:
     """A scalar volume in the working orientation, and what the way back to its file needs.
 
-    The working orientation is ``SPL``: ``D`` runs from inferior to Superior, ``H`` from anterior to Posterior and
-    ``W`` from the patient's right to Left, so a slice ``voxels[d]`` shown with row 0 on top is the radiological view.
+    The working orientation is ``SPL`` for axial slices: ``D`` runs from inferior to Superior, ``H`` from anterior to
+    Posterior and ``W`` from the patient's right to Left, so a slice ``voxels[d]`` shown with row 0 on top is the
+    radiological view.  Coronal and sagittal slices: ``nifti.WORKING_AXES``.
     """
 
     voxels: np.ndarray  # [D, H, W]

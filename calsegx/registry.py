@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])  # the decorated component's own type
 
 
 class Registry(Generic[T]):
-    """The components of one kind, e.g. losses; ``package`` is the package whose modules register them."""
+    """The components of one kind, e.g. losses; ``package`` is the package (or the module) that registers them."""
 
     def __init__(self, kind: str, package: str):
         self.kind = kind
@@ -75,7 +75,7 @@ class Registry(Generic[T]):
 
     def _discover(self) -> None:
         package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
+        for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
             importlib.import_module(f"{self._package}.{module.name}")
 
     def _load(self, name: str) -> T:

@@ -12,13 +12,18 @@ from jax.sharding import Mesh
 
 from calsegx import configs, losses, models, sharding
 from calsegx.data import cases as case_tools
-from calsegx.data import classes, preprocessing, prompts
+from calsegx.data import classes, intensity, preprocessing, prompts
 from calsegx.features import FeatureCache
 from calsegx.interfaces import Backbone, Case, DataError, Dataset, UsageError
 from calsegx.losses import expression
 from calsegx.training import caching, interruption
 from calsegx.training import step as train_step
 
+FRAME_SETTINGS = (
+    *("intensity", "lower_percentile", "upper_percentile", "window_centre", "window_width"),
+    *("slice_axis", "resample", "adjacent_slices"),
+)
+AUGMENTATION_SETTINGS = ("rotation_degrees", "intensity_fraction", "gamma", "noise", "low_resolution")
 VIEW_SEED = 2024  # of the augmented views: the same for all training seeds, so that they share one cache
 
 
@@ -37,6 +42,7 @@ class Components:
         case: Case,
         rng: np.random.Generator | None = None,
         clicks: Mapping[str, prompts.Clicks] | None = None,
+        count: int | None = None,
     ) -> preprocessing.PreparedCase:
         """``preprocessing.prepare_case`` with this configuration: one path for caching, evaluation and prediction."""
         b = self.backbone
@@ -50,6 +56,7 @@ class Components:
             b.logit_shape,
             rng,
             clicks,
+            count,
         )
 
     def select(self, split: str) -> tuple[Case, ...]:
@@ -72,6 +79,12 @@ def build(config: configs.TrainConfig, class_map: classes.ClassMap | None = None
     dataset = case_tools.load(config.data)
     class_map = class_map or classes.parse(config.data.classes or dataset.default_classes, dataset.labels)
     channels = case_tools.channels(config.data, dataset)
+    intensity.registry.get(config.data.intensity)
+    if config.data.adjacent_slices and len(set(channels)) > 1:
+        raise UsageError(
+            f"--config.data.adjacent_slices takes the place of the channels {', '.join(channels)}; name one with "
+            "--config.data.channels."
+        )
     weights = Path(config.model.weights) if config.model.weights else None
     if weights is not None and not weights.is_dir():
         raise UsageError(f"--config.model.weights={weights} is not a folder; give one that holds model.safetensors.")
@@ -90,8 +103,9 @@ def feature_cache(components: Components, workdir: Path) -> FeatureCache:
         "image_size": components.backbone.image_size,
         "channels": components.channels,
         "classes": dict(zip(components.class_map.names, components.class_map.ids, strict=True)),
-        "percentiles": (data.lower_percentile, data.upper_percentile),
-        "augmentation": (data.rotation_degrees, data.intensity_fraction, VIEW_SEED),
+        "slices": "every" if components.config.protocol in configs.EVERY_SLICE else "with foreground",
+        "frames": {name: getattr(data, name) for name in FRAME_SETTINGS},
+        "augmentation": {"seed": VIEW_SEED, **{name: getattr(data, name) for name in AUGMENTATION_SETTINGS}},
     }
     return FeatureCache.open(Path(data.cache) if data.cache else workdir / "features", signature)
 
@@ -211,7 +225,7 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
     config = configs.from_dict(configs.TrainConfig, record["config"], "model.json")
     data = dataclasses.replace(config.data, channels=",".join(record["channels"]))
     if root:
-        data = dataclasses.replace(data, root=root, layout="auto", source="", cache="")
+        data = dataclasses.replace(data, root=root, layout="auto", source="", splits="", fold=0, cache="")
     ids = tuple(tuple(values) for values in record["class_ids"])
     class_map = classes.ClassMap(tuple(record["class_names"]), ids, frozenset(record["known_ids"]))
     # The training's devices may have been others; what they shared is no property of the model.

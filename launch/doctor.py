@@ -81,7 +81,7 @@ def describe_run(config: configs.TrainConfig, workdir: Path) -> tuple[list[str],
         sharding.check_batch_size(mesh, config.batch_size)
     except InputError as error:
         return lines, [*problems, str(error)]
-    step = cost.of_train_step(config, parts.backbone, objective, mesh)
+    step = cost.of_train_step(config, parts.backbone, objective, mesh, len(parts.class_map.names))
     lines.append(f"Training step ({config.method}), {config.batch_size // mesh.size} slices a device: {_needs(step)}")
     problems += _too_large("The training step", step, "--config.microbatch=1")
     gradients = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.backbone.trainable))
@@ -98,7 +98,7 @@ def count_slices(
     slices = missing = 0
     for cases, views in groups:
         for case in (case for case in cases if case.label is not None):
-            voxels = preprocessing.read_label_volume(case, parts.class_map).voxels
+            voxels = preprocessing.read_label_volume(case, parts.class_map, parts.config.data.slice_axis).voxels
             count = int(np.any(voxels, axis=(1, 2)).sum())
             names = caching.view_names(views)
             slices += count

@@ -34,8 +34,19 @@ from launch import common, components, exchange
 # Settings in which compared runs may differ: what they are compared for, and what changes no number.
 MAY_DIFFER = (
     *("method", "loss", "seed", "fisher.", "cmp.", "crac.", "log_every", "save_every", "validate_every"),
-    *("data.root", "data.cache", "model.weights", "model.encoder_batch", "model.shards", "microbatch", "tensorboard"),
+    *("data.root", "data.splits", "data.cache", "model.weights", "model.encoder_batch", "model.shards"),
+    *("microbatch", "tensorboard"),
 )
+
+
+PROTOCOL_NOTES = {
+    "gt_points": "placed on the ground truth, one pair per slice with foreground",
+    "random_points": "placed at random inside the ground truth, one pair per slice with foreground",
+    "class_points": "placed on the ground truth, one point per class and slice with foreground",
+    "gt_box": "placed on the ground truth, one box per slice with foreground",
+    "volume_points": "placed on the ground truth, one pair per volume for all its slices",
+    "none": "no prompt: a box round every slice",
+}
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,21 @@ def check_unseen(record: Mapping[str, Any], test: Sequence[Case], same_dataset: 
             )
 
 
+def check_validation(record: Mapping[str, Any], val: Sequence[Case]) -> None:
+    """What a calibrator is fitted on must be what the run was validated on.
+
+    Raises:
+        DataError: naming the first case that is not.
+    """
+    validated = {entry["fingerprint"] for entry in record["seen"]["val"]}
+    for case in val:
+        if case_tools.fingerprint(case) not in validated:
+            raise DataError(
+                f"Validation case {case.case_id!r} is not among the {len(validated)} that the run was validated on; "
+                "restore the dataset and its splits, or train again."
+            )
+
+
 def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: str = "") -> report.Record:
     """Score every test case and write the evaluation folder; of several processes each scores its share.
 
@@ -156,10 +182,11 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
         raise UsageError(f"The test cases of {away.dataset.root} have no labels, so there is nothing to compare with.")
 
     check_unseen(runs.record, test, same_dataset=not root)
+    check_validation(runs.record, val)
     features = components.feature_cache(home, folders[0])
     components.fill_cache(home, features, {"train": 1, "val": 1})
     domain_column = config.data.domain if root or config.data.source else ""
-    work = study.Study(features, home.backbone, home.class_map, config.protocol, domain_column)
+    work = study.Study(features, home.backbone, home.class_map, config.protocol, domain_column, config.data)
     temperatures = {(m.method, m.seed): study.fit_calibrator(work, m, val) for m in runs.models}
     guesses = study.fit_guesses(work, train)
     if root:
@@ -247,7 +274,7 @@ def _describe(
         "Cases": "; ".join(counts),
         "Classes (label ids)": classes,
         "Channels": ", ".join(parts.channels),
-        "Prompt protocol": f"{config.protocol}: placed on the ground truth, one per slice with foreground",
+        "Prompt protocol": f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}",
         "Seeds": ", ".join(str(seed) for seed in sorted({m.seed for m in runs.models}))
         + " (order of the slices and choice of their views; every run starts from the same pretrained decoder)",
         "Training": f"{config.steps} steps of {config.batch_size} slices, {data.views} cached views a slice, Adam "

@@ -33,8 +33,8 @@ def index_dataset(
     Raises:
         InputError: for anything that cannot be used; nothing is written then.
     """
-    name, dataset = layouts.recognise(root, layout)
-    cases.check(dataset)
+    name, _ = layouts.recognise(root, layout)
+    dataset = cases.read(root, name)
     if metadata:
         dataset, notes = index.add_metadata(dataset, metadata)
         for note in notes:

@@ -58,7 +58,7 @@ def predict(
     clicks = prompts.read_clicks(clicks_file) if clicks_file else None
     if clicks is not None:
         prompts.check_clicks(clicks, cases, parts.config.protocol)
-    else:
+    elif parts.config.protocol != "none":
         for case in cases:
             if case.label is None:
                 raise UsageError(
@@ -106,8 +106,7 @@ def _probabilities(
         name, params = calibrator
         logits = calibrators.get(name).apply(params, logits, study.calibrator_image(prepared))
     native = case_prediction.probabilities(logits)
-    depth = prepared.reference.voxels.shape[0]
-    return case_prediction.to_volume(native, prepared.slices, depth), prepared.reference
+    return case_prediction.to_native(native, prepared.slices, prepared.geometry), prepared.reference
 
 
 def _described(calibrator: tuple[str, Mapping[str, Any]] | None, wanted: bool) -> str:

@@ -18,11 +18,13 @@ def content(count=3, seed=0):
         "features": rng.normal(size=(count, 4, 4, 8)),
         "labels": rng.integers(0, 2, (count, 16, 16), dtype=np.uint8),
         "slices": np.arange(20, 20 + count),
-        "prompts": Prompts(
-            points=rng.uniform(size=(count, 2, 2)).astype(np.float32),
-            labels=np.tile(np.array([1, 0], np.int32), (count, 1)),
-            boxes=rng.uniform(size=(count, 4)).astype(np.float32),
-        ),
+        "prompts": {
+            "gt_points": Prompts(
+                points=rng.uniform(size=(count, 2, 2)).astype(np.float32),
+                labels=np.tile(np.array([1, 0], np.int32), (count, 1)),
+            ),
+            "gt_box": Prompts(boxes=rng.uniform(size=(count, 4)).astype(np.float32)),
+        },
     }
 
 
@@ -44,9 +46,10 @@ def test_round_trip(cache, case_id):
     np.testing.assert_array_equal(read.features, written["features"].astype(ml_dtypes.bfloat16))
     np.testing.assert_array_equal(read.labels, written["labels"])
     np.testing.assert_array_equal(read.slices, written["slices"])
-    for array, expected in zip(read.prompts[:3], written["prompts"][:3], strict=True):
-        np.testing.assert_array_equal(array, expected)
-    assert read.prompts.masks is None
+    assert read.prompts.keys() == written["prompts"].keys()
+    for protocol, prompts in written["prompts"].items():
+        for array, expected in zip(read.prompts[protocol], prompts, strict=True):
+            np.testing.assert_array_equal(array, expected)
 
 
 def test_read_slices(cache):
@@ -55,17 +58,17 @@ def test_read_slices(cache):
     some = cache.read_slices("a", "view0", [2, 0])
     one = cache.read_slices("a", "view0", 1)
     np.testing.assert_array_equal(some.features, whole.features[[2, 0]])
-    np.testing.assert_array_equal(some.prompts.boxes, whole.prompts.boxes[[2, 0]])
+    np.testing.assert_array_equal(some.prompts["gt_box"].boxes, whole.prompts["gt_box"].boxes[[2, 0]])
     np.testing.assert_array_equal(one.features, whole.features[1])
     assert one.slices == 21
 
 
 def test_optional_arrays_and_no_slices(cache):
-    written = {**content(0), "labels": None, "prompts": Prompts(boxes=np.zeros((0, 4)))}
+    written = {**content(0), "labels": None, "prompts": {"gt_box": Prompts(boxes=np.zeros((0, 4)))}}
     cache.write("empty", "view0", **written, fingerprint="f")
     read = cache.read_case("empty", "view0")
     assert read.features.shape == (0, 4, 4, 8)
-    assert read.labels is None and read.prompts.points is None
+    assert read.labels is None and read.prompts.keys() == {"gt_box"}
 
 
 def test_slice_of_zeros_is_not_a_missing_slice(cache):

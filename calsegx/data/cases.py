@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from calsegx import configs
@@ -15,15 +16,33 @@ UNKNOWN = "unknown"
 def load(config: configs.DataConfig) -> Dataset:
     """The dataset in ``config.root``, every case with a split, every file present.
 
+    The splits are those of the fold that ``config`` names; without one, the dataset's own and drawn ones.
+
     Raises:
-        UsageError: when no root is given, or the layout is unknown.
+        UsageError: when no root is given, the layout is unknown, or there is no such fold.
         DataError: when the folder is not a dataset, a file is missing, case names clash, or a subject leaks.
     """
     if not config.root:
         raise UsageError("--config.data.root is empty; give the dataset's folder.")
-    dataset = layouts.detect(Path(config.root), config.layout)
-    check(dataset)
+    if config.fold and not config.splits:
+        raise UsageError(f"--config.data.fold={config.fold} needs a file of folds; name it with --config.data.splits.")
+    dataset = read(Path(config.root), config.layout)
+    if config.splits:
+        path = Path(config.splits)
+        return splits.apply(dataset, splits.choose(path, config.fold), f"{path}, fold {config.fold}")
     return splits.assign(dataset, config.val_fraction, config.test_fraction)
+
+
+def read(root: Path, layout: str = "auto") -> Dataset:
+    """The dataset in ``root`` with the splits that it names itself, every file present.
+
+    Raises:
+        UsageError: when the layout is unknown.
+        DataError: when the folder is not a dataset, a file is missing, or case names clash.
+    """
+    dataset = layouts.detect(root, layout)
+    _check(dataset)
+    return dataset
 
 
 def domain(case: Case, column: str) -> str:
@@ -71,7 +90,8 @@ def select(
         raise DataError(
             f"{dataset.root} has no case in the split {split!r}"
             + "".join(f" with {what} {name!r}" for what, name in wanted)
-            + f"; it has {_census(dataset, config.domain)}: add subjects, or a split column to cases.tsv."
+            + f"; it has {_census(dataset, config.domain)}: add subjects, or name the splits in cases.tsv "
+            "or --config.data.splits."
         )
     for case in chosen:
         if split in ("train", "val") and case.label is None:
@@ -128,28 +148,40 @@ def fingerprint(case: Case) -> str:
     return digest.hexdigest()
 
 
-def check(dataset: Dataset) -> None:
-    """File names that case ids can become, and files that exist, each in one role; else a DataError."""
+def problems(dataset: Dataset) -> Iterator[tuple[Case, str]]:
+    """Case ids that cannot name a file, or differ only in case, and files with two roles, each as a sentence."""
     seen: dict[str, str] = {}
     roles: dict[Path, str] = {}
     for case in dataset.cases:
         # Predictions are named after the case, also on file systems that ignore case.
         if not re.fullmatch(r"[^\s/\\:*?\"<>|.][^/\\:*?\"<>|\t\n]*", case.case_id):
-            raise DataError(
-                f"Case {case.case_id!r} of {dataset.root} cannot name a file; use letters, digits, '-' and '_'."
+            yield (
+                case,
+                f"Case {case.case_id!r} of {dataset.root} cannot name a file; use letters, digits, '-' and '_'.",
             )
         other = seen.setdefault(case.case_id.casefold(), case.case_id)
         if other != case.case_id:
-            raise DataError(
-                f"Cases {other!r} and {case.case_id!r} of {dataset.root} differ only in upper and lower case."
+            yield (
+                case,
+                f"Cases {other!r} and {case.case_id!r} of {dataset.root} differ only in upper and lower case; rename "
+                "one.",
             )
         for role, path in [*case.images.items(), *([("label", case.label)] if case.label else [])]:
-            nifti.require_file(path, f"case {case.case_id}, {role}")
             if path in roles:
-                raise DataError(
-                    f"{path} is given as {roles[path]} and as {role} of case {case.case_id!r}; give each its own file."
+                yield (
+                    case,
+                    f"{path} is given as {roles[path]} and as {role} of case {case.case_id!r}; give each its own file.",
                 )
             roles[path] = f"{role} of case {case.case_id!r}"
+
+
+def _check(dataset: Dataset) -> None:
+    """No problems, and files that exist."""
+    for _, sentence in problems(dataset):
+        raise DataError(sentence)
+    for case in dataset.cases:
+        for role, path in [*case.images.items(), *([("label", case.label)] if case.label else [])]:
+            nifti.require_file(path, f"case {case.case_id}, {role}")
 
 
 def _one_domain(name: str, what: str, known: tuple[str, ...], column: str) -> None:

@@ -197,7 +197,7 @@ def _grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
     except (OSError, ValueError, EOFError, zlib.error, filebasedimages.ImageFileError) as error:
         raise DataError(f"{path} has no readable header ({error}); copy or export it again.") from error
     affine = nifti.affine_mm(path, header)
-    target = orientations.axcodes2ornt(nifti.WORKING_AXES)
+    target = orientations.axcodes2ornt(nifti.WORKING_AXES["axial"])
     transform = orientations.ornt_transform(orientations.io_orientation(affine), target)
     order = np.argsort(transform[:, 0])  # working axis -> file axis
     shape, spacing = (*header.get_data_shape(), 1)[:3], np.linalg.norm(affine[:3, :3], axis=0)

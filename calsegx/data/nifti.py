@@ -21,7 +21,11 @@ from nibabel import orientations, spatialimages, wrapstruct
 from calsegx import files
 from calsegx.interfaces import DataError, Volume
 
-WORKING_AXES = ("S", "P", "L")
+WORKING_AXES = {  # slice axis -> where D, H and W run to; row 0 of a slice is on top, as radiologists look at it
+    "axial": ("S", "P", "L"),
+    "coronal": ("P", "I", "L"),
+    "sagittal": ("L", "I", "P"),
+}
 GRID_TOLERANCE_MM = 1e-2  # at the farthest corner: above the noise of float32 affines and quaternions
 INTEGER_TOLERANCE = 1e-3  # labels stored with a scale factor come back as 1.00000002
 _MILLIMETRES = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
@@ -37,23 +41,29 @@ _HEADER_ERRORS = (
 )
 
 
-def read(path: Path) -> Volume:
+def read(path: Path, volume: int | None = None, slice_axis: str = "axial") -> Volume:
     """Read an image as float32 ``[D, H, W]`` in the working orientation (see ``interfaces.Volume``).
 
     Trailing axes of length 1 are dropped, a 2-D file becomes one slice.  Where sform and qform are both set,
     the sform counts; units other than millimetres are converted in ``affine`` and ``spacing_mm``.
 
+    Args:
+        path: the file.
+        volume: which volume of a 4-D file, counted from 0; None: the file must hold one.
+        slice_axis: of ``WORKING_AXES``.
+
     Raises:
         DataError: for a missing, empty, truncated or damaged file, a file that is not what its name says,
-            several volumes, colours or complex numbers, a missing or unusable affine, NaN or infinite voxels.
+            several volumes where one is expected or fewer than asked for, colours or complex numbers, a missing or
+            unusable affine, NaN or infinite voxels.
     """
-    header, data = _load(path)
+    header, data = _load(path, volume)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
         data = data.astype(np.float32)
-    return _to_working(path, header, data)
+    return _to_working(path, header, data, slice_axis)
 
 
-def read_labels(path: Path) -> Volume:
+def read_labels(path: Path, slice_axis: str = "axial") -> Volume:
     """Read a label file as int32 ``[D, H, W]``; values within 1e-3 of an integer are rounded.
 
     Raises:
@@ -72,7 +82,7 @@ def read_labels(path: Path) -> Volume:
         data = rounded
     if data.size and max(abs(float(data.min())), abs(float(data.max()))) > np.iinfo(np.int32).max:
         raise DataError(f"{path} holds label ids beyond 32 bits; expected small integers, one per class.")
-    return _to_working(path, header, data.astype(np.int32))
+    return _to_working(path, header, data.astype(np.int32), slice_axis)
 
 
 def write(path: Path, array: np.ndarray, like: Volume, dtype: type) -> None:
@@ -115,10 +125,11 @@ def write(path: Path, array: np.ndarray, like: Volume, dtype: type) -> None:
     files.write_atomically(path, content)
 
 
-def same_grid(first: Volume, first_path: Path, second: Volume, second_path: Path) -> None:
+def same_grid(first: Volume, first_path: Path, second: Volume, second_path: Path) -> float:
     """Check that two volumes lie on the same voxels: equal shape, corners within ``GRID_TOLERANCE_MM``.
 
     The comparison is made in the working orientation, so the files may store their axes in different orders.
+    Returns how far apart the corners lie, in millimetres.
 
     Raises:
         DataError: with both grids and the remedy.
@@ -130,13 +141,19 @@ def same_grid(first: Volume, first_path: Path, second: Volume, second_path: Path
             f"{first_path} and {second_path} have different shapes (slices, rows, columns): {shapes[0]} and "
             f"{shapes[1]}; {remedy}."
         )
-    corners = np.array([(*c, 1) for c in itertools.product(*((0, n - 1) for n in shapes[0]))], dtype=float)
-    distance = np.linalg.norm((corners @ (first.affine - second.affine).T)[:, :3], axis=1).max()
+    distance = corner_distance(shapes[0], first.affine, second.affine)
     if not distance <= GRID_TOLERANCE_MM:
         raise DataError(
             f"{first_path} and {second_path} lie up to {distance:.4g} mm apart: their affines, in working axes, are "
             f"{_format(first.affine)} and {_format(second.affine)}; {remedy}, or correct the wrong header."
         )
+    return distance
+
+
+def corner_distance(shape: tuple[int, ...], first: np.ndarray, second: np.ndarray) -> float:
+    """How far apart two affines ``[4, 4]`` put the corners of a volume of ``shape``, at most."""
+    corners = np.array([(*c, 1) for c in itertools.product(*((0, n - 1) for n in shape))], dtype=float)
+    return float(np.linalg.norm((corners @ (first - second).T)[:, :3], axis=1).max())
 
 
 def require_file(path: Path, role: str = "") -> None:
@@ -160,8 +177,8 @@ def require_file(path: Path, role: str = "") -> None:
     )
 
 
-def _load(path: Path) -> tuple[nibabel.Nifti1Header, np.ndarray]:
-    """Header and scaled voxels ``[X, Y, Z]`` in the file's own axes."""
+def _load(path: Path, volume: int | None = None) -> tuple[nibabel.Nifti1Header, np.ndarray]:
+    """Header and scaled voxels ``[X, Y, Z]`` in the file's own axes, of one volume."""
     content = _read_bytes(path)
     sizes = struct.unpack("<i", content[:4]) + struct.unpack(">i", content[:4]) if len(content) >= 4 else ()
     header_class = nibabel.Nifti1Header if 348 in sizes else nibabel.Nifti2Header if 540 in sizes else None
@@ -179,10 +196,16 @@ def _load(path: Path) -> tuple[nibabel.Nifti1Header, np.ndarray]:
         raise DataError(f"{path} is half of a .hdr/.img pair; convert it to one .nii.gz file.")
     if len(shape) < 2 or min(shape) < 1:
         raise DataError(f"{path} has the shape {shape}; expected a volume of at least one voxel along each axis.")
-    if len(shape) > 3 and max(shape[3:]) > 1:
+    volumes = math.prod(shape[3:])
+    if volume is None and volumes > 1:
         raise DataError(
-            f"{path} holds {math.prod(shape[3:])} volumes (shape {shape}); expected one: split it into one file per "
-            "channel."
+            f"{path} holds {volumes} volumes (shape {shape}); expected one: name each channel's volume in a column "
+            "volume:<channel> of cases.tsv, or split it into one file per channel."
+        )
+    if volume is not None and not 0 <= volume < volumes:
+        raise DataError(
+            f"{path} holds {volumes} volume(s) (shape {shape}), but volume {volume} is asked for, counted from 0; "
+            "correct the channels of its dataset."
         )
     if dtype.fields or dtype.kind not in "iuf":
         raise DataError(f"{path} holds {dtype} voxels (colour or complex); expected one real number per voxel.")
@@ -194,7 +217,10 @@ def _load(path: Path) -> tuple[nibabel.Nifti1Header, np.ndarray]:
         data = header.data_from_fileobj(io.BytesIO(content))
     except _HEADER_ERRORS as error:
         raise DataError(f"{path} cannot be decoded ({error}); export or download it again.") from error
-    return header, data.reshape(_three_axes(shape))
+    if volumes == 1:
+        return header, data.reshape(_three_axes(shape))
+    header.set_data_shape(shape[:3])  # what is written for one volume is one volume
+    return header, data.reshape(*shape[:3], volumes, order="F")[..., volume]
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -227,10 +253,10 @@ def _read_bytes(path: Path) -> bytes:
         ) from error
 
 
-def _to_working(path: Path, header: nibabel.Nifti1Header, data: np.ndarray) -> Volume:
+def _to_working(path: Path, header: nibabel.Nifti1Header, data: np.ndarray, slice_axis: str) -> Volume:
     _check_finite(path, data)
     affine = affine_mm(path, header)
-    target = orientations.axcodes2ornt(WORKING_AXES)
+    target = orientations.axcodes2ornt(WORKING_AXES[slice_axis])
     transform = orientations.ornt_transform(orientations.io_orientation(affine), target)
     working = affine @ orientations.inv_ornt_aff(transform, data.shape)
     voxels = np.ascontiguousarray(orientations.apply_orientation(data, transform))

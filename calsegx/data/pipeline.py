@@ -4,7 +4,7 @@ source (cached slices) -> seed -> shuffle (anew every epoch) -> one of the slice
 -> batch -> this process's rows of it -> from the step where the run goes on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -45,26 +45,18 @@ class _Source:
         return f"slices of {len(self._slices)}"
 
 
-def protocol_prompts(prompts: Prompts, protocol: str) -> Prompts:
-    """Only those prompts that ``protocol`` gives to the model (``gt_points``: points, ``gt_box``: boxes).
+def protocol_prompts(prompts: Mapping[str, Prompts], protocol: str) -> Prompts:
+    """The prompts of ``protocol``.
 
     Raises:
-        InputError: when the cache does not hold them.
+        InputError: when they were not prepared.
     """
-    if protocol == "gt_points":
-        chosen = Prompts(points=prompts.points, labels=prompts.labels)
-        missing = prompts.points is None or prompts.labels is None
-    elif protocol == "gt_box":
-        chosen = Prompts(boxes=prompts.boxes)
-        missing = prompts.boxes is None
-    else:
-        raise UsageError(f"--config.protocol={protocol!r} is not one of gt_points, gt_box.")
-    if missing:
+    if protocol not in prompts:
         raise InputError(
-            f"The feature cache holds no prompts for the protocol {protocol!r}; name another folder with "
-            "--config.data.cache and compute the features again."
+            f"The feature cache holds no prompts for the protocol {protocol!r}, only for {', '.join(sorted(prompts))}; "
+            "name another folder with --config.data.cache and compute the features again."
         )
-    return chosen
+    return prompts[protocol]
 
 
 class Place(NamedTuple):
@@ -113,7 +105,7 @@ def training_data(
         views: e.g. ``["view0", "view1"]``.
         batch_size: slices per batch, over all processes; batches are always full.
         seed: of the order and of the choice of views.
-        protocol: which prompts the model sees, ``gt_points`` or ``gt_box``.
+        protocol: which prompts the model sees.
         share: which process of how many this is.  Together they see the batches that one process would see.
         paired: every slice comes as two samples, one after the other, in two of its views (``losses.consistency``).
 

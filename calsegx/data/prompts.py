@@ -124,18 +124,32 @@ def case_clicks(clicks: Mapping[str, Clicks], case_id: str) -> Clicks:
     return clicks[case_id]
 
 
-def from_clicks(table: Clicks, case_id: str, volume: Volume, protocol: str) -> tuple[np.ndarray, Prompts]:
+def from_clicks(
+    table: Clicks, case_id: str, volume: Volume, protocol: str, depths: tuple[int, int] | None = None
+) -> tuple[np.ndarray, Prompts]:
     """Slices int ``[n]`` with clicks, and their prompts in native ``(x, y)`` pixels.
 
-    With ``gt_points`` a slice has at least one foreground point; the slices' points are padded (label -1) to
-    the same number, at least two.  With ``gt_box`` a slice has one corner 2 and one corner 3.
+    With points a slice has at least one foreground point; the slices' points are padded (label -1) to the same
+    number, at least two.  With ``gt_box`` a slice has one corner 2 and one corner 3.  With ``volume_points`` the
+    clicks are those of the volume, and every slice gets all of them.
+
+    Args:
+        table: of ``read_clicks``.
+        case_id: for messages.
+        volume: the image's grid.
+        protocol: the model's.
+        depths: number of slices of the file and of the working grid that is asked for; None: the file's own.
 
     Raises:
         DataError: for clicks outside the image or incomplete slices.
     """
     _check_protocol(table, case_id, protocol)
     working = _to_working(table, case_id, volume)
+    if depths is not None:  # the working slice that holds the middle of the file's
+        working[:, 0] = (2 * working[:, 0] + 1) * depths[1] // (2 * depths[0])
     slices = np.unique(working[:, 0])
+    if protocol == "volume_points":
+        return _on_every_slice(table, case_id, working, depths[1] if depths else len(volume.voxels))
     if protocol == "gt_box":
         return slices, Prompts(boxes=_boxes(table, case_id, working, slices))
     most = max(2, *(np.count_nonzero(working[:, 0] == number) for number in slices))
@@ -143,14 +157,24 @@ def from_clicks(table: Clicks, case_id: str, volume: Volume, protocol: str) -> t
     labels = np.full((len(slices), most), PADDING, np.int32)
     for row, number in enumerate(slices):
         here = np.flatnonzero(working[:, 0] == number)
-        if FOREGROUND not in table.labels[here]:
-            raise DataError(
-                f"{table.path}, line {table.lines[here[0]]}: the slice of this click in case {case_id!r} has only "
-                "background clicks; add a foreground click (label 1)."
-            )
+        _check_foreground(table, case_id, here, "the slice of this click")
         points[row, : len(here)] = working[here][:, [2, 1]]
         labels[row, : len(here)] = table.labels[here]
     return slices, Prompts(points=points, labels=labels)
+
+
+def _on_every_slice(table: Clicks, case_id: str, working: np.ndarray, depth: int) -> tuple[np.ndarray, Prompts]:
+    _check_foreground(table, case_id, np.arange(len(working)), "the volume")
+    points = np.tile(working[:, [2, 1]].astype(np.float32), (depth, 1, 1))
+    return np.arange(depth), Prompts(points=points, labels=np.tile(table.labels.astype(np.int32), (depth, 1)))
+
+
+def _check_foreground(table: Clicks, case_id: str, rows: np.ndarray, where: str) -> None:
+    if FOREGROUND not in table.labels[rows]:
+        raise DataError(
+            f"{table.path}, line {table.lines[rows[0]]}: {where} in case {case_id!r} has only background clicks; add a "
+            "foreground click (label 1)."
+        )
 
 
 def _centre(mask: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from calsegx.data import preprocessing
+from calsegx.data import frames
 from calsegx.interfaces import Prompts, Volume
 
 MARGIN = 1e-3  # by which the most frequent class wins against the background where precision is below one half
@@ -41,7 +41,7 @@ class PromptedTruth:
 
 
 def prompted_truth(
-    prompts: Prompts, geometry: preprocessing.FrameGeometry, slices: Int[np.ndarray, " n"], label: Volume
+    prompts: Prompts, geometry: frames.FrameGeometry, slices: Int[np.ndarray, " n"], label: Volume
 ) -> PromptedTruth:
     """The prompts on the native grid: the first foreground point, the box, and the truth.
 
@@ -56,11 +56,11 @@ def prompted_truth(
     points = boxes = None
     if prompts.points is not None:
         foreground = prompts.labels == 1
-        native = preprocessing.points_from_frame(prompts.points, geometry)
+        native = frames.points_from_frame(prompts.points, geometry)
         first = native[np.arange(len(native)), foreground.argmax(axis=1)]
         points = np.where(foreground.any(axis=1)[:, None], first, np.nan)
     if prompts.boxes is not None:
-        boxes = preprocessing.points_from_frame(prompts.boxes.reshape(-1, 2, 2), geometry).reshape(-1, 4)
+        boxes = frames.points_from_frame(prompts.boxes.reshape(-1, 2, 2), geometry).reshape(-1, 4)
     return PromptedTruth(label.voxels.shape, label.spacing_mm, slices, points, boxes, label.voxels)
 
 

@@ -1,6 +1,6 @@
 """From cached features to probabilities on a case's own grid.
 
-The chain is ``predict_slices`` (decoder) -> ``case_logits`` (native grid) -> ``probabilities`` -> ``to_volume`` ->
+The chain is ``predict_slices`` (decoder) -> ``case_logits`` (native pixels) -> ``probabilities`` -> ``to_native`` ->
 ``segment``.  A calibrator acts on the logits, between the second and the third step.
 """
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from calsegx.data import preprocessing
+from calsegx.data import frames
 from calsegx.interfaces import Params, Prompts
 
 
@@ -73,10 +73,10 @@ def _no_logits(decode_jit, trainable, frozen, features, prompts, batch_size) -> 
 
 
 def case_logits(
-    low_res_logits: Float[np.ndarray, "n Hl Wl L"], geometry: preprocessing.FrameGeometry
+    low_res_logits: Float[np.ndarray, "n Hl Wl L"], geometry: frames.FrameGeometry
 ) -> Float[np.ndarray, "n H W L"]:
     """Logits of the prompted slices on the case's own pixel grid (bilinear in the logits, as in SAM)."""
-    return preprocessing.from_low_res(low_res_logits, geometry)
+    return frames.from_low_res(low_res_logits, geometry)
 
 
 def probabilities(logits: Float[np.ndarray, "*spatial L"]) -> Float[np.ndarray, "*spatial P"]:
@@ -121,6 +121,15 @@ def to_volume(
     volume = np.zeros((depth, *foreground.shape[1:]), np.float32)
     volume[indices] = foreground
     return volume
+
+
+def to_native(
+    slice_probabilities: Float[np.ndarray, "n H W P"],
+    slices: Int[np.ndarray, " n"] | Sequence[int],
+    geometry: frames.FrameGeometry,
+) -> Float[np.ndarray, "D H W K"]:
+    """``to_volume`` on the working grid's slices, then linearly between them to the slices of the file."""
+    return frames.from_working_depth(to_volume(slice_probabilities, slices, geometry.depths[1]), geometry)
 
 
 def segment(foreground: Float[np.ndarray, "*spatial K"]) -> UInt8[np.ndarray, "*spatial"]:

@@ -6,18 +6,18 @@ prompt-only guesses holds all training labels at once.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from calsegx import calibrators, features
+from calsegx import calibrators, configs, features
 from calsegx.calibrators import temperature
 from calsegx.data import cases as case_tools
-from calsegx.data import classes, pipeline, preprocessing
+from calsegx.data import classes, frames, pipeline, preprocessing
 from calsegx.evaluation import baselines, evaluate, methods, predict
-from calsegx.interfaces import Backbone, Case, Params
+from calsegx.interfaces import Backbone, Case, Params, Prompts
 from calsegx.metrics import calibration, regions
 
 DECODER_BATCH = 16
@@ -45,6 +45,7 @@ class Study:
     class_map: classes.ClassMap
     protocol: str
     domain_column: str  # scanner or centre; empty when the training used all domains, which then count as one
+    data: configs.DataConfig = field(default_factory=configs.DataConfig)  # slice axis and working grid
 
     def domain(self, case: Case) -> str:
         """The case's domain; empty when the study has one domain only."""
@@ -74,26 +75,35 @@ class Subject:
     """A case as the evaluation sees it."""
 
     case: Case
-    truth: np.ndarray  # [D, H, W] class indices
+    truth: np.ndarray  # [D, H, W] class indices of the file
     spacing_mm: tuple[float, float, float]
-    geometry: preprocessing.FrameGeometry
+    geometry: frames.FrameGeometry
     cached: features.CachedSlices
-    prompted: baselines.PromptedTruth
+    working_truth: np.ndarray  # [D', H, W] on the slices of the working grid
+    prompted: baselines.PromptedTruth  # on the slices of the working grid
 
 
 def load(study: Study, case: Case) -> Subject:
     """The reference on the native grid and the cached features of the prompted slices."""
-    label = preprocessing.read_label_volume(case, study.class_map)
-    shape = label.voxels.shape
-    geometry = preprocessing.frame_geometry(
-        (shape[1], shape[2]),
-        (label.spacing_mm[1], label.spacing_mm[2]),
-        study.backbone.image_size,
-        study.backbone.logit_shape,
+    label = preprocessing.read_label_volume(case, study.class_map, study.data.slice_axis)
+    b = study.backbone
+    geometry = frames.frame_geometry(
+        label.voxels.shape, label.spacing_mm, b.image_size, b.logit_shape, configs.resampled(study.data)
     )
     cached = study.cache.read_case(case.case_id, "view0")
-    prompted = baselines.prompted_truth(cached.prompts, geometry, cached.slices, label)
-    return Subject(case, label.voxels, label.spacing_mm, geometry, cached, prompted)
+    working = replace(
+        label,
+        voxels=frames.labels_to_working_depth(label.voxels, geometry, len(study.class_map.names)),
+        spacing_mm=frames.working_spacing(label.spacing_mm, geometry),
+    )
+    prompted = baselines.prompted_truth(_placed_on_labels(cached.prompts), geometry, cached.slices, working)
+    return Subject(case, label.voxels, label.spacing_mm, geometry, cached, working.voxels, prompted)
+
+
+def _placed_on_labels(prompts: Mapping[str, Prompts]) -> Prompts:
+    """What the prompt-only guesses are made from: CalSAM's points and MedSAM's boxes, where the cache has them."""
+    points, boxes = prompts.get("gt_points", Prompts()), prompts.get("gt_box", Prompts())
+    return Prompts(points=points.points, labels=points.labels, boxes=boxes.boxes)
 
 
 def slice_logits(study: Study, decode: Callable[..., Any], params: Params, subject: Subject) -> np.ndarray:
@@ -105,7 +115,7 @@ def slice_logits(study: Study, decode: Callable[..., Any], params: Params, subje
 
 def foreground(subject: Subject, logits: np.ndarray) -> np.ndarray:
     """Foreground probabilities ``[D, H, W, K]`` of the whole volume."""
-    return predict.to_volume(predict.probabilities(logits), subject.cached.slices, subject.truth.shape[0])
+    return predict.to_native(predict.probabilities(logits), subject.cached.slices, subject.geometry)
 
 
 def calibrator_image(prepared: preprocessing.PreparedCase) -> np.ndarray:
@@ -144,8 +154,8 @@ def fit_calibrator(
             if not len(subject.cached.slices):
                 continue
             logits = slice_logits(study, study.decode, model.params, subject)
-            labels = subject.truth[subject.cached.slices]
-            inside = _inside(region, logits, labels, subject.spacing_mm)
+            labels = subject.working_truth[subject.cached.slices]
+            inside = _inside(region, logits, labels, subject.prompted.spacing_mm)
             if not component.spatial:
                 yield logits[inside], labels[inside]
             elif image is None:
@@ -178,7 +188,9 @@ def _inside(region: str, logits: np.ndarray, labels: np.ndarray, spacing_mm: tup
 
 
 def fit_guesses(study: Study, cases: Sequence[Case]) -> dict[str, Callable[[baselines.PromptedTruth], np.ndarray]]:
-    """The prompt-only guesses, fitted on the source domain's training labels."""
+    """The prompt-only guesses, fitted on the source domain's training labels; none where prompts know no labels."""
+    if study.protocol in configs.EVERY_SLICE:
+        return {}
     truths = [load(study, case).prompted for case in cases]
     count = len(study.class_map.names)
     return {
@@ -199,7 +211,7 @@ def predictions(
     Zero-shot SAM knows no classes, so it takes part in binary problems only.
     """
     for name, guess in guesses.items():
-        yield name, NO_SEED, guess(subject.prompted)
+        yield name, NO_SEED, frames.from_working_depth(guess(subject.prompted), subject.geometry)
     if len(study.class_map.names) == 1 and study.backbone.zero_shot is not None:
         logits = slice_logits(study, study.zero_shot, {}, subject)
         yield methods.VANILLA, NO_SEED, foreground(subject, logits)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from calsegx import features, sharding
 from calsegx.data import cases as case_tools
-from calsegx.data import preprocessing
+from calsegx.data import frames, preprocessing
 from calsegx.interfaces import Backbone, Case, DataError, InputError, UsageError
 from calsegx.training import progress as progress_bar
 
@@ -236,9 +236,9 @@ def case_encoder(backbone: Backbone, batch_size: int, mesh: Mesh) -> Callable[..
 
     def start(prepared: "preprocessing.PreparedCase", first: int) -> jax.Array:
         images = prepared.images[first : first + batch_size]
-        frames = preprocessing.to_frame(images, prepared.geometry, backbone.pixel_mean, backbone.pixel_std)
-        filled = np.zeros((batch_size, *frames.shape[1:]), np.float32)
-        filled[: len(frames)] = frames
+        framed = frames.to_frame(images, prepared.geometry, backbone.pixel_mean, backbone.pixel_std)
+        filled = np.zeros((batch_size, *framed.shape[1:]), np.float32)
+        filled[: len(framed)] = framed
         return compiled(params, sharding.shard_batch(mesh, filled))
 
     def encode(prepared: "preprocessing.PreparedCase", between: Callable[[], None] = lambda: None) -> np.ndarray:
@@ -306,7 +306,7 @@ def _copy(rows: np.ndarray, batch: jax.Array) -> None:
 def _low_resolution(prepared: "preprocessing.PreparedCase", num_classes: int) -> np.ndarray | None:
     if prepared.labels is None:
         return None
-    return preprocessing.labels_to_low_res(prepared.labels, prepared.geometry, num_classes)
+    return frames.labels_to_low_res(prepared.labels, prepared.geometry, num_classes)
 
 
 def _size_line(

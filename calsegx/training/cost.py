@@ -41,10 +41,16 @@ def of(compiled: Any) -> Cost:
     return Cost(analysis["flops"], held, memory.temp_size_in_bytes, collectives(compiled.as_text()))
 
 
-def of_train_step(config: configs.TrainConfig, backbone: Backbone, objective: train_step.Objective, mesh: Mesh) -> Cost:
+def of_train_step(
+    config: configs.TrainConfig,
+    backbone: Backbone,
+    objective: train_step.Objective,
+    mesh: Mesh,
+    num_classes: int = 1,
+) -> Cost:
     """The cost of the training step of a run, which is compiled for that; nothing is computed."""
     optimizer = train_state.make_optimizer(config)
-    batch, with_lagrangian = abstract_batch(config, backbone), configs.METHODS[config.method].lagrangian
+    batch, with_lagrangian = abstract_batch(config, backbone, num_classes), configs.METHODS[config.method].lagrangian
     lagrangian = train_state.init_lagrangian(config, backbone, batch) if with_lagrangian else None
     state = jax.eval_shape(lambda: train_state.init_state(backbone.trainable, optimizer, mesh, lagrangian))
     step = train_step.make_train_step(backbone.decode, backbone.frozen, objective, config, optimizer, mesh)
@@ -60,14 +66,15 @@ def of_encoder_call(config: configs.TrainConfig, backbone: Backbone, mesh: Mesh)
     return slices, of(encode.lower(params, frames).compile())
 
 
-def abstract_batch(config: configs.TrainConfig, backbone: Backbone) -> Batch:
+def abstract_batch(config: configs.TrainConfig, backbone: Backbone, num_classes: int) -> Batch:
     """Shapes and dtypes of a whole training batch, with the prompts that come from labels."""
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
 
-    prompts = Prompts(points=array((2, 2), jnp.float32), labels=array((2,), jnp.int32))
-    if config.protocol == "gt_box":
+    points = num_classes + 1 if config.protocol == "class_points" else 2
+    prompts = Prompts(points=array((points, 2), jnp.float32), labels=array((points,), jnp.int32))
+    if config.protocol in ("gt_box", "none"):
         prompts = Prompts(boxes=array((4,), jnp.float32))
     return Batch(array(backbone.feature_shape, jnp.bfloat16), array(backbone.logit_shape, jnp.int32), prompts)
 

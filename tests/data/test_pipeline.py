@@ -25,7 +25,10 @@ def cache(tmp_path):
                 features=np.broadcast_to(names[:, None, None, None], (5, 2, 2, 3)),
                 labels=np.full((5, 8, 8), number, np.uint8),
                 slices=np.arange(5),
-                prompts=Prompts(points=np.zeros((5, 2, 2)), labels=np.ones((5, 2)), boxes=np.zeros((5, 4))),
+                prompts={
+                    "gt_points": Prompts(points=np.zeros((5, 2, 2)), labels=np.ones((5, 2))),
+                    "gt_box": Prompts(boxes=np.zeros((5, 4))),
+                },
                 fingerprint="f",
             )
     return made
@@ -127,7 +130,7 @@ def test_slice_that_one_view_lacks(cache):
         features=np.full((1, 2, 2, 3), 13.0),
         labels=np.zeros((1, 8, 8), np.uint8),
         slices=np.array([3]),
-        prompts=Prompts(points=np.zeros((1, 2, 2)), labels=np.ones((1, 2))),
+        prompts={"gt_points": Prompts(points=np.zeros((1, 2, 2)), labels=np.ones((1, 2)))},
         fingerprint="f",
     )
     seen = set(names(take(stream(cache, batch_size=10), 20)))
@@ -148,7 +151,7 @@ def test_missing_prompts_and_labels(cache):
     content = {
         "features": np.zeros((5, 2, 2, 3)),
         "slices": np.arange(5),
-        "prompts": Prompts(boxes=np.zeros((5, 4))),
+        "prompts": {"gt_box": Prompts(boxes=np.zeros((5, 4)))},
         "fingerprint": "f",
     }
     cache.write("a", "view0", labels=np.zeros((5, 8, 8), np.uint8), **content)

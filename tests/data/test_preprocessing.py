@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from calsegx import configs
-from calsegx.data import augment, classes, nifti, preprocessing, prompts
+from calsegx.data import augment, classes, frames, intensity, nifti, preprocessing, prompts
 from calsegx.interfaces import Case, DataError
 
 # segment-anything (commit dca509f), ResizeLongestSide.get_preprocess_shape at 1024: input -> output.
@@ -27,7 +27,7 @@ CHANNELS = ("T1", "T1", "T2")
 
 
 def geometry_of(shape, spacing=(1.0, 1.0), image_size=64, logit_shape=(16, 16)):
-    return preprocessing.frame_geometry(shape, spacing, image_size, logit_shape)
+    return frames.frame_geometry((1, *shape), (1.0, *spacing), image_size, logit_shape)
 
 
 @pytest.mark.parametrize("spacing", [1.0, 0.9375, 1.2])
@@ -47,7 +47,7 @@ def test_frame_pixels_are_square_in_millimetres():
 def test_resample_matrix_against_torch(size_in, size_out, antialias):
     torch = pytest.importorskip("torch")
     signal = np.random.default_rng(0).normal(size=(size_in, 3)).astype(np.float32)
-    ours = preprocessing.resample_matrix(size_in, size_out, antialias) @ signal
+    ours = frames.resample_matrix(size_in, size_out, antialias) @ signal
     theirs = torch.nn.functional.interpolate(
         torch.from_numpy(signal.T[None, :, None].astype(float)), (1, size_out), mode="bilinear", antialias=antialias
     )
@@ -63,7 +63,7 @@ def test_from_low_res_against_torch(native):
     height, width = geometry.resized_shape
     frame = resize(torch.from_numpy(logits.transpose(0, 3, 1, 2).astype(float)), (64, 64), mode="bilinear")
     expected = resize(frame[..., :height, :width], native, mode="bilinear").numpy().transpose(0, 2, 3, 1)
-    ours = preprocessing.from_low_res(logits, geometry)
+    ours = frames.from_low_res(logits, geometry)
     assert ours.shape == (2, *native, 3)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
@@ -75,7 +75,7 @@ def test_from_low_res_against_segment_anything(key, native):
         expected = golden[f"{key}/box_single_logits"].transpose(0, 2, 3, 1)
     geometry = geometry_of(native, image_size=256, logit_shape=low_res.shape[1:3])
     # 1e-4: torch computes the sampling positions in float32; the values reach 13.
-    np.testing.assert_allclose(preprocessing.from_low_res(low_res, geometry), expected, atol=1e-4)
+    np.testing.assert_allclose(frames.from_low_res(low_res, geometry), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("native", [(30, 47), (120, 90)])
@@ -84,60 +84,60 @@ def test_to_frame_against_torch(native):
     geometry = geometry_of(native)
     slices = np.random.default_rng(2).uniform(0, 255, (2, *native, 3)).astype(np.float32)
     mean, std = (120.0, 110.0, 100.0), (58.0, 57.0, 56.0)
-    frames = preprocessing.to_frame(slices, geometry, mean, std)
+    framed = frames.to_frame(slices, geometry, mean, std)
     height, width = geometry.resized_shape
     resized = torch.nn.functional.interpolate(
         torch.from_numpy(slices.transpose(0, 3, 1, 2).astype(float)), (height, width), mode="bilinear", antialias=True
     )
     expected = (resized.numpy().transpose(0, 2, 3, 1) - mean) / std
-    assert frames.shape == (2, 64, 64, 3)
-    assert frames.dtype == np.float32
-    np.testing.assert_allclose(frames[:, :height, :width], expected, atol=1e-5)
+    assert framed.shape == (2, 64, 64, 3)
+    assert framed.dtype == np.float32
+    np.testing.assert_allclose(framed[:, :height, :width], expected, atol=1e-5)
     # Padded after normalising: zero, which a padded black pixel would not be.
-    assert not frames[:, height:].any()
-    assert not frames[:, :, width:].any()
+    assert not framed[:, height:].any()
+    assert not framed[:, :, width:].any()
 
 
 def test_labels_to_low_res_follows_the_logits_grid():
     geometry = geometry_of((32, 48))  # the frame's lower third is padding
     labels = np.zeros((1, 32, 48), np.uint8)
     labels[:, 8:24, :24], labels[:, 8:24, 24:] = 1, 2
-    low = preprocessing.labels_to_low_res(labels, geometry, 2)
+    low = frames.labels_to_low_res(labels, geometry, 2)
     assert low.shape == (1, 16, 16)
     assert low.dtype == np.uint8
     assert not low[:, 11:].any()
     one_hot = np.eye(3, dtype=np.float32)[low]
-    back = preprocessing.from_low_res(one_hot, geometry).argmax(axis=-1)
+    back = frames.from_low_res(one_hot, geometry).argmax(axis=-1)
     assert (back == labels).mean() > 0.95
-    assert set(np.unique(preprocessing.labels_to_low_res(labels[:0], geometry, 2))) == set()
+    assert set(np.unique(frames.labels_to_low_res(labels[:0], geometry, 2))) == set()
 
 
 def test_majority_decides_when_shrinking():
     labels = np.zeros((1, 64, 64), np.uint8)
     labels[:, ::2] = 1
     labels[:, 1::4] = 1  # three rows of four
-    assert preprocessing.labels_to_low_res(labels, geometry_of((64, 64), logit_shape=(8, 8)), 1).mean() > 0.9
-    assert not preprocessing.labels_to_low_res(1 - labels, geometry_of((64, 64), logit_shape=(8, 8)), 1).any()
+    assert frames.labels_to_low_res(labels, geometry_of((64, 64), logit_shape=(8, 8)), 1).mean() > 0.9
+    assert not frames.labels_to_low_res(1 - labels, geometry_of((64, 64), logit_shape=(8, 8)), 1).any()
 
 
 def test_points_round_trip_uses_the_rounded_ratio():
     geometry = geometry_of((777, 333), image_size=1024)
     points = np.array([[0.0, 0.0], [100.0, 700.5]], np.float32)
-    framed = preprocessing.points_to_frame(points, geometry)
+    framed = frames.points_to_frame(points, geometry)
     np.testing.assert_allclose(framed[1], [100 * 439 / 333, 700.5 * 1024 / 777], rtol=1e-6)
-    np.testing.assert_allclose(preprocessing.points_from_frame(framed, geometry), points, atol=1e-4)
+    np.testing.assert_allclose(frames.points_from_frame(framed, geometry), points, atol=1e-4)
 
 
 def test_normalise_intensity():
     voxels = np.concatenate([np.zeros(500), np.arange(1, 1001)]).astype(np.float32)
-    normal = preprocessing.normalise_intensity(voxels, 0.5, 99.5)
+    normal = intensity.normalise(voxels, configs.DataConfig())
     assert normal.dtype == np.float32
     assert (normal.min(), normal.max()) == (0, 255)
     assert normal[1000] == pytest.approx(127.5, abs=0.3)
     with pytest.raises(ValueError, match="constant"):
-        preprocessing.normalise_intensity(np.full(9, 3.0, np.float32), 0.5, 99.5)
+        intensity.normalise(np.full(9, 3.0, np.float32), configs.DataConfig())
     with pytest.raises(ValueError, match="no voxel above 0"):
-        preprocessing.normalise_intensity(np.zeros(9, np.float32), 0.5, 99.5)
+        intensity.normalise(np.zeros(9, np.float32), configs.DataConfig())
 
 
 # Whole cases.  The file's axes are x to the left, y to the front, z up: slices are z, rows run along -y.
@@ -178,11 +178,11 @@ def test_prepare_case(case):
     assert prepared.label_volume.shape == (5, 24, 20) == prepared.reference.voxels.shape
     assert prepared.geometry.resized_shape == (64, 53)
     # x = 5..8 from the left of the file is 11..14 from the patient's right side in the working orientation.
-    native = preprocessing.points_from_frame(prepared.prompts.points, prepared.geometry)
+    native = frames.points_from_frame(prepared.prompts["gt_points"].points, prepared.geometry)
     np.testing.assert_allclose(native[0, 0], [19 - 6.5, 23 - 12.5], atol=1e-4)
-    assert prepared.prompts.labels.tolist() == [[1, 0]] * 3
+    assert prepared.prompts["gt_points"].labels.tolist() == [[1, 0]] * 3
     # Both kinds of prompts, whatever the protocol: one feature cache serves both.
-    corners = preprocessing.points_from_frame(prepared.prompts.boxes.reshape(-1, 2, 2), prepared.geometry)
+    corners = frames.points_from_frame(prepared.prompts["gt_box"].boxes.reshape(-1, 2, 2), prepared.geometry)
     np.testing.assert_allclose(corners[0], [[11, 8], [14, 13]], atol=1e-4)
 
 
@@ -203,7 +203,7 @@ def test_prepare_augmented_view(case):
     assert np.abs(first.images - plain.images).max() > 10
     np.testing.assert_array_equal(first.label_volume, plain.label_volume)
     expected = prompts.points_from_labels(first.labels > 0, (1.0, 1.0))[0]
-    native = preprocessing.points_from_frame(first.prompts.points, first.geometry)
+    native = frames.points_from_frame(first.prompts["gt_points"].points, first.geometry)
     np.testing.assert_allclose(native, expected, atol=1e-4)
 
 
@@ -214,9 +214,9 @@ def test_prepare_with_clicks_needs_no_label(case, tmp_path):
     assert prepared.slices.tolist() == [4]
     assert prepared.labels is None
     assert prepared.label_volume is None
-    native = preprocessing.points_from_frame(prepared.prompts.points, prepared.geometry)
+    native = frames.points_from_frame(prepared.prompts["gt_points"].points, prepared.geometry)
     np.testing.assert_allclose(native[0, 0], [13, 11], atol=1e-4)
-    assert prepared.prompts.labels.tolist() == [[1, -1]]
+    assert prepared.prompts["gt_points"].labels.tolist() == [[1, -1]]
     with pytest.raises(DataError, match=r"clicks.tsv has no clicks for case 'p2'"):
         prepare(dataclasses.replace(case, case_id="p2"), clicks=prompts.read_clicks(path))
 
@@ -250,11 +250,15 @@ def test_bad_cases(case):
         prepare(case)
 
 
+def ranges(rotation_degrees, intensity_fraction, **others):
+    return configs.DataConfig(rotation_degrees=rotation_degrees, intensity_fraction=intensity_fraction, **others)
+
+
 def test_augment_moves_image_and_labels_together():
     labels = np.zeros((6, 40, 50), np.uint8)
     labels[:, 8:20, 10:18] = 1
     images = np.repeat(labels[..., None] * np.float32(200), 3, axis=-1)
-    moved, moved_labels = augment.augment(images, labels, np.random.default_rng(0), 15.0, 0.0)
+    moved, moved_labels, _ = augment.augment(images, labels, np.random.default_rng(0), ranges(15.0, 0.0))
     assert moved.dtype == np.float32
     assert moved_labels.dtype == np.uint8
     for image, label, original in zip(moved, moved_labels, labels, strict=True):
@@ -269,7 +273,7 @@ def test_augment_moves_image_and_labels_together():
 def test_augment_off_is_a_flip_at_most():
     images = np.random.default_rng(1).uniform(0, 255, (4, 8, 9, 3)).astype(np.float32)
     labels = np.zeros((4, 8, 9), np.uint8)
-    moved, _ = augment.augment(images, labels, np.random.default_rng(0), 0.0, 0.0)
+    moved, _, _ = augment.augment(images, labels, np.random.default_rng(0), ranges(0.0, 0.0))
     for before, after in zip(images, moved, strict=True):
         assert np.allclose(after, before, atol=1e-4) or np.allclose(after, before[:, ::-1], atol=1e-4)
 
@@ -279,7 +283,7 @@ def test_augment_keeps_air_black_and_rotates_in_millimetres():
     images[0, 15:45, 5:15] = 100.0  # 30 mm x 30 mm on pixels of 1 x 3 mm
     labels = (images[..., 0] > 0).astype(np.uint8)
     rng = np.random.default_rng(5)
-    moved, moved_labels = augment.augment(images, labels, rng, 15.0, 0.2, (1.0, 3.0))
+    moved, moved_labels, _ = augment.augment(images, labels, rng, ranges(15.0, 0.2), (1.0, 3.0))
     assert moved[0, 0, 0, 0] == 0
     assert moved.max() <= 255
     assert abs(int(moved_labels.sum()) - 300) < 20

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from calsegx.data import preprocessing, prompts
+from calsegx.data import frames, prompts
 from calsegx.evaluation import baselines, predict
 from calsegx.interfaces import Prompts, Volume
 from calsegx.metrics import overlap
@@ -103,12 +103,12 @@ def test_a_guess_needs_its_kind_of_prompt():
 
 def test_prompted_truth_undoes_the_encoder_frame():
     case = discs(5.0)
-    geometry = preprocessing.frame_geometry(case.shape[1:], case.spacing_mm[1:], 64, (16, 16))
+    geometry = frames.frame_geometry(case.shape, case.spacing_mm, 64, (16, 16))
     foreground = case.labels[case.slices] > 0
     points, labels = prompts.points_from_labels(foreground, case.spacing_mm[1:])
     labels[1, 0] = -1
-    boxes = preprocessing.points_to_frame(case.boxes.reshape(-1, 2, 2), geometry).reshape(-1, 4)
-    prompt = Prompts(preprocessing.points_to_frame(points, geometry), labels, boxes)
+    boxes = frames.points_to_frame(case.boxes.reshape(-1, 2, 2), geometry).reshape(-1, 4)
+    prompt = Prompts(frames.points_to_frame(points, geometry), labels, boxes)
     label = Volume(case.labels, np.eye(4), SPACING, np.zeros((3, 2)), None)
     native = baselines.prompted_truth(prompt, geometry, case.slices, label)
     np.testing.assert_allclose(native.points[0], case.points[0], atol=1e-4)

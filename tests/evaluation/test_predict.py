@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calsegx.data import preprocessing
+from calsegx.data import frames
 from calsegx.evaluation import predict
 from calsegx.interfaces import Prompts
 
@@ -59,7 +59,7 @@ def test_features_and_prompts_must_agree():
 
 
 def test_case_logits_lie_on_the_native_grid():
-    geometry = preprocessing.frame_geometry((12, 16), (1.0, 1.0), 32, (8, 8))
+    geometry = frames.frame_geometry((5, 12, 16), (1.0, 1.0, 1.0), 32, (8, 8))
     logits = np.full((2, 8, 8, 3), 1.5, np.float32)
     assert predict.case_logits(logits, geometry).shape == (2, 12, 16, 3)
     np.testing.assert_allclose(predict.case_logits(logits, geometry), 1.5, rtol=1e-6)

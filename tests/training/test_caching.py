@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from calsegx import features, sharding
-from calsegx.data import preprocessing
+from calsegx.data import frames
 from calsegx.interfaces import Case, DataError, InputError, Prompts
 from calsegx.training import caching
 from tests.training import toy
@@ -51,8 +51,8 @@ class Preparation:
             slices=np.arange(count),
             images=images,
             labels=(images[..., 0] > 128).astype(np.uint8),
-            prompts=Prompts(points=np.ones((count, 2, 2)), labels=np.ones((count, 2))),
-            geometry=preprocessing.frame_geometry((24, 20), (1.0, 1.0), toy.IMAGE_SIZE, toy.LOGITS),
+            prompts={"gt_points": Prompts(points=np.ones((count, 2, 2)), labels=np.ones((count, 2)))},
+            geometry=frames.frame_geometry((3, 24, 20), (1.0, 1.0, 1.0), toy.IMAGE_SIZE, toy.LOGITS),
             label_volume=None,
         )
 
@@ -83,10 +83,10 @@ def test_content(tmp_path, cases, mesh):
     fill(cache, cases, Preparation(), mesh)
     backbone = toy.backbone()
     prepared = Preparation()(cases[0], None)
-    frames = preprocessing.to_frame(prepared.images, prepared.geometry, backbone.pixel_mean, backbone.pixel_std)
+    framed = frames.to_frame(prepared.images, prepared.geometry, backbone.pixel_mean, backbone.pixel_std)
     read = cache.read_case("a", "view0")
     np.testing.assert_allclose(
-        read.features.astype(np.float32), backbone.encode(backbone.encoder, frames), rtol=1e-2, atol=1e-2
+        read.features.astype(np.float32), backbone.encode(backbone.encoder, framed), rtol=1e-2, atol=1e-2
     )
     assert read.labels.shape == (3, *toy.LOGITS)
     np.testing.assert_array_equal(read.slices, [0, 1, 2])
@@ -174,14 +174,14 @@ def test_same_bytes_as_a_plain_loop(tmp_path, cases, mesh):
             rng = np.random.default_rng([5, index, zlib.crc32(case.case_id.encode())]) if index else None
             prepared = prepare(case, rng)
             g = prepared.geometry
-            frames = preprocessing.to_frame(prepared.images, g, backbone.pixel_mean, backbone.pixel_std)
-            frames = np.concatenate([frames, np.zeros_like(frames)])  # batches of 2, as above
-            batches = [encode(backbone.encoder, frames[i : i + 2]) for i in range(0, len(prepared.slices), 2)]
+            framed = frames.to_frame(prepared.images, g, backbone.pixel_mean, backbone.pixel_std)
+            framed = np.concatenate([framed, np.zeros_like(framed)])  # batches of 2, as above
+            batches = [encode(backbone.encoder, framed[i : i + 2]) for i in range(0, len(prepared.slices), 2)]
             plain.write(
                 case.case_id,
                 view,
                 features=np.concatenate(batches)[: len(prepared.slices)],
-                labels=preprocessing.labels_to_low_res(prepared.labels, g, 1),
+                labels=frames.labels_to_low_res(prepared.labels, g, 1),
                 slices=prepared.slices,
                 prompts=prepared.prompts,
                 fingerprint=overlapped.fingerprint(case.case_id, view),

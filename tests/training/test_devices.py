@@ -181,7 +181,7 @@ ENCODER = """
 import dataclasses, json, pathlib, sys, types
 import jax, numpy as np
 from calsegx import features, sharding
-from calsegx.data import preprocessing
+from calsegx.data import frames, preprocessing
 from calsegx.models import sam
 from calsegx.models.sam import presets
 from calsegx.training import caching, cost
@@ -193,7 +193,7 @@ sam.save(folder, small, sam.init(small, jax.random.key(0)), "card")
 prepared = types.SimpleNamespace(
     slices=np.arange(11),
     images=np.random.default_rng(0).uniform(0, 255, (11, 24, 20, 3)).astype(np.float32),
-    geometry=preprocessing.frame_geometry((24, 20), (1.0, 1.0), 64, (32, 32)))
+    geometry=frames.frame_geometry((3, 24, 20), (1.0, 1.0, 1.0), 64, (32, 32)))
 network = sam.backbone.load_backbone(folder, 1)
 # Batches of three on one device, of four on four devices (one slice each).
 one, four = (caching.case_encoder(network, 3, sharding.device_mesh(jax.devices()[:count]))(prepared)

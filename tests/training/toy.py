@@ -61,7 +61,7 @@ def records(count, seed):
         "features": z,
         "labels": inside.astype(np.uint8),
         "slices": 10 + np.arange(count),
-        "prompts": Prompts(points=points, labels=np.tile([1, 0], (count, 1))),
+        "prompts": {"gt_points": Prompts(points=points, labels=np.tile([1, 0], (count, 1)))},
     }
 
 
