@@ -24,7 +24,7 @@ from absl import flags
 import calsegx
 from calsegx import configs, files
 from calsegx.data import cases as case_tools
-from calsegx.data import nifti
+from calsegx.data import images
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import gallery, methods, report, study, tables
 from calsegx.interfaces import Case, DataError, UsageError
@@ -216,7 +216,8 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
 
     def read_slice(case: Case, index: int) -> np.ndarray:
         # The last channel: FLAIR in the phantoms, where oedema shows best.
-        return nifti.read(case.images[away.channels[-1]]).voxels[index]
+        channel = away.channels[-1]
+        return images.read(case.images[channel], case.volumes.get(channel), config.data.slice_axis).voxels[index]
 
     splits = {"training": train, "validation": val, "test": test}
     source = "" if root else config.data.source

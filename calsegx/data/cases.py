@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from calsegx import configs
-from calsegx.data import layouts, nifti, splits
+from calsegx.data import images, layouts, splits
 from calsegx.interfaces import Case, DataError, Dataset, UsageError
 
 UNKNOWN = "unknown"
@@ -132,26 +132,28 @@ def channels(config: configs.DataConfig, dataset: Dataset) -> tuple[str, str, st
 
 
 def fingerprint(case: Case) -> str:
-    """SHA-256 over the bytes of the case's images and label, and the channels' names."""
+    """SHA-256 over the bytes of the case's images and label, the channels' names and which volumes they are."""
     digest = hashlib.sha256()
-    files = [*sorted(case.images.items()), *([("label", case.label)] if case.label else [])]
-    for role, path in files:
-        try:
-            with open(path, "rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise DataError(
-                f"{path} (case {case.case_id!r}, {role}) cannot be read ({error.strerror}); check the path and the "
-                "drive."
-            ) from error
-        digest.update(f"{role}\0{content}\n".encode())
+    contents: dict[Path, str] = {}
+    for role, path, volume in _files(case):
+        if path not in contents:
+            try:
+                with open(path, "rb") as stream:
+                    contents[path] = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise DataError(
+                    f"{path} (case {case.case_id!r}, {role}) cannot be read ({error.strerror}); check the path and "
+                    "the drive."
+                ) from error
+        index = "" if volume is None else f"\0{volume}"
+        digest.update(f"{role}{index}\0{contents[path]}\n".encode())
     return digest.hexdigest()
 
 
 def problems(dataset: Dataset) -> Iterator[tuple[Case, str]]:
-    """Case ids that cannot name a file, or differ only in case, and files with two roles, each as a sentence."""
+    """Case ids that cannot name a file or stand there twice, and files with two roles, each as a sentence."""
     seen: dict[str, str] = {}
-    roles: dict[Path, str] = {}
+    uses: dict[Path, list[tuple[Case, str, int | None]]] = {}
     for case in dataset.cases:
         # Predictions are named after the case, also on file systems that ignore case.
         if not re.fullmatch(r"[^\s/\\:*?\"<>|.][^/\\:*?\"<>|\t\n]*", case.case_id):
@@ -159,20 +161,30 @@ def problems(dataset: Dataset) -> Iterator[tuple[Case, str]]:
                 case,
                 f"Case {case.case_id!r} of {dataset.root} cannot name a file; use letters, digits, '-' and '_'.",
             )
-        other = seen.setdefault(case.case_id.casefold(), case.case_id)
-        if other != case.case_id:
-            yield (
-                case,
-                f"Cases {other!r} and {case.case_id!r} of {dataset.root} differ only in upper and lower case; rename "
-                "one.",
-            )
-        for role, path in [*case.images.items(), *([("label", case.label)] if case.label else [])]:
-            if path in roles:
-                yield (
-                    case,
-                    f"{path} is given as {roles[path]} and as {role} of case {case.case_id!r}; give each its own file.",
-                )
-            roles[path] = f"{role} of case {case.case_id!r}"
+        other = seen.get(case.case_id.casefold())
+        if other is not None:
+            how = "stand there twice" if other == case.case_id else "differ only in upper and lower case"
+            yield case, f"Cases {other!r} and {case.case_id!r} of {dataset.root} {how}; rename one."
+        seen[case.case_id.casefold()] = case.case_id
+        for role, path, volume in _files(case):
+            for owner, owner_role, owner_volume in uses.setdefault(path, []):
+                # The channels of one case may be volumes of one file, and copies of a scan may share its label.
+                volumes = owner is case and None not in (volume, owner_volume) and volume != owner_volume
+                copies = role == owner_role == "label" and case.subject_id == owner.subject_id
+                if not (volumes or copies):
+                    yield (
+                        case,
+                        f"{path} is given as {owner_role} of case {owner.case_id!r} and as {role} of case "
+                        f"{case.case_id!r}; give each its own file.",
+                    )
+                    break
+            uses[path].append((case, role, volume))
+
+
+def _files(case: Case) -> list[tuple[str, Path, int | None]]:
+    """(role, file, index of the volume) of the images by name, then of the label."""
+    files = [(channel, path, case.volumes.get(channel)) for channel, path in sorted(case.images.items())]
+    return [*files, ("label", case.label, None)] if case.label else files
 
 
 def _check(dataset: Dataset) -> None:
@@ -180,8 +192,8 @@ def _check(dataset: Dataset) -> None:
     for _, sentence in problems(dataset):
         raise DataError(sentence)
     for case in dataset.cases:
-        for role, path in [*case.images.items(), *([("label", case.label)] if case.label else [])]:
-            nifti.require_file(path, f"case {case.case_id}, {role}")
+        for role, path, _ in _files(case):
+            images.require_file(path, f"case {case.case_id}, {role}")
 
 
 def _one_domain(name: str, what: str, known: tuple[str, ...], column: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from nibabel import affines
 
 from calsegx import configs
-from calsegx.data import classes, nifti
+from calsegx.data import classes, images, nifti
 from calsegx.interfaces import Case, DataError, Volume
 
 LABEL = "label"  # roles of files: this, and image:<channel>, as the columns of cases.tsv
@@ -58,8 +58,8 @@ class Examined:
 
 def roles(case: Case) -> dict[str, Path]:
     """The case's files by role, images first."""
-    images = {f"image:{channel}": path for channel, path in case.images.items()}
-    return images | ({LABEL: case.label} if case.label else {})
+    files = {f"image:{channel}": path for channel, path in case.images.items()}
+    return files | ({LABEL: case.label} if case.label else {})
 
 
 def examine(case: Case, labels: Mapping[str, int]) -> Examined:
@@ -78,7 +78,8 @@ def examine(case: Case, labels: Mapping[str, int]) -> Examined:
             findings.append(Finding(level, check, case.case_id, str(path), message))
 
         try:
-            volume = nifti.read_labels(path) if role == LABEL else nifti.read(path)
+            index = case.volumes.get(role.removeprefix("image:"))
+            volume = images.read_labels(path) if role == LABEL else images.read(path, index)
         except DataError as error:
             say("error", "file", str(error))
             continue
@@ -131,7 +132,7 @@ def _contents(path: Path, volume: Volume, label: bool) -> Contents:
 def _file_axes(volume: Volume) -> Iterator[str]:
     """The directions of the file's own axes: the working ones (S, P, L), or their opposites."""
     for target, flip in volume.orientation.astype(int):
-        yield nifti.WORKING_AXES[target] if flip == 1 else "IAR"[target]
+        yield nifti.WORKING_AXES["axial"][target] if flip == 1 else "IAR"[target]
 
 
 def _check_twin(path: Path, say: Say) -> None:

@@ -17,12 +17,13 @@ import pytest
 from calsegx.data import nifti
 from calsegx.interfaces import DataError
 from launch import verify
-from tests.data.test_layouts import nnunet
+from tests.data.layouts.trees import nnunet_v2
 from tests.data.test_verify import AFFINE, SHAPE, change, change_header, image, label, write, write_dataset
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 HERE = "tests/data/test_bad_inputs.py::"
-NIFTI, LAYOUTS, CASES = "tests/data/test_nifti.py::", "tests/data/test_layouts.py::", "tests/data/test_cases.py::"
+NIFTI, LAYOUTS, CASES = "tests/data/test_nifti.py::", "tests/data/layouts/", "tests/data/test_cases.py::"
+FOLDS, SPLIT = "tests/data/test_folds.py::", "tests/launch/test_split.py::"
 VERIFY, PROMPTS = "tests/data/test_verify.py::", "tests/data/test_prompts.py::"
 MAIN_JOB, CALIBRATOR = "tests/launch/test_main_job.py::", "tests/launch/test_every_calibrator.py::"
 TABLE = HERE + "test_in_verification"  # the rows of ROWS below
@@ -56,13 +57,20 @@ PROOFS = {
     26: (TABLE, VERIFY + "test_labels", MAIN_JOB + "test_a_case_without_foreground_is_all_background"),
     27: (TABLE, HERE + "test_a_missing_modality_of_nnunet", CASES + "test_channels"),
     28: (TABLE, VERIFY + "test_values_of_images", NIFTI + "test_bad_volumes"),
-    29: (HERE + "test_descriptions", LAYOUTS + "test_bad_descriptions", LAYOUTS + "test_full_table"),
+    29: (
+        HERE + "test_descriptions",
+        LAYOUTS + "test_nnunet_v2.py::test_bad_descriptions",
+        LAYOUTS + "test_table.py::test_full_table",
+    ),
     30: (TABLE, VERIFY + "test_a_label_given_as_an_image", CASES + "test_load_checks"),
     31: (TABLE,),
-    32: (VERIFY + "test_a_subject_in_two_splits", VERIFY + "test_duplicates", CASES + "test_leaks_are_refused"),
-    33: (VERIFY + "test_domains", CASES + "test_load_and_select"),
-    34: (CALIBRATOR + "test_what_is_tested_is_not_fitted_on",),
-    35: (VERIFY + "test_a_split_without_foreground",),
+    32: (
+        *(VERIFY + "test_a_subject_in_two_splits", VERIFY + "test_duplicates", CASES + "test_leaks_are_refused"),
+        *(FOLDS + "test_leaks_are_refused", SPLIT + "test_a_copy_under_another_subject_is_refused"),
+    ),
+    33: (VERIFY + "test_domains", FOLDS + "test_small_or_incomplete_datasets_are_refused"),
+    34: (CALIBRATOR + "test_what_is_tested_is_not_fitted_on", FOLDS + "test_leaks_are_refused"),
+    35: (VERIFY + "test_a_split_without_foreground", FOLDS + "test_a_part_without_a_positive_case_is_refused"),
     36: (PROMPTS + "test_clicks_that_do_not_fit", PROMPTS + "test_box_corners_in_any_order"),
     37: (PROMPTS + "test_clicks_that_do_not_fit", PROMPTS + "test_bad_clicks_files"),
     38: (PROMPTS + "test_clicks_that_do_not_fit",),
@@ -247,13 +255,13 @@ def test_unusual_paths(tmp_path):
 
 def test_the_same_case_in_two_formats_of_nnunet(tmp_path):
     (tmp_path / "data").mkdir()
-    (nnunet(tmp_path / "data") / "imagesTr" / "a_0000.nii").write_bytes(b"x")
+    (nnunet_v2(tmp_path / "data") / "imagesTr" / "a_0000.nii").write_bytes(b"x")
     refused_as_a_whole(tmp_path, r"a_0000.nii does not end in .nii.gz, .*; convert or move it")
 
 
 def test_a_missing_modality_of_nnunet(tmp_path):
     (tmp_path / "data").mkdir()
-    (nnunet(tmp_path / "data") / "imagesTr" / "b_0001.nii.gz").unlink()
+    (nnunet_v2(tmp_path / "data") / "imagesTr" / "b_0001.nii.gz").unlink()
     refused_as_a_whole(tmp_path, r"Case 'b' has no file .*b_0001.nii.gz \(channel 'FLAIR'\); add it or remove the case")
 
 
@@ -273,7 +281,7 @@ def test_a_missing_modality_of_nnunet(tmp_path):
 )
 def test_descriptions(tmp_path, text, said):
     (tmp_path / "data").mkdir()
-    (nnunet(tmp_path / "data") / "dataset.json").write_text(text, encoding="utf-8")
+    (nnunet_v2(tmp_path / "data") / "dataset.json").write_text(text, encoding="utf-8")
     refused_as_a_whole(tmp_path, said)
 
 
