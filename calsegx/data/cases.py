@@ -104,7 +104,8 @@ def select(
 def channels(config: configs.DataConfig, dataset: Dataset) -> tuple[str, str, str]:
     """The three channels that the encoder sees as red, green and blue.
 
-    One name is used three times.  Without ``config.channels``: the dataset's first three, or its only one.
+    One name is used three times.  Without ``config.channels``: the dataset's first three, or its only one; of
+    two, the second is used twice.
 
     Raises:
         UsageError: for an unknown name, or any other number of names.
@@ -119,6 +120,7 @@ def channels(config: configs.DataConfig, dataset: Dataset) -> tuple[str, str, st
             )
     if not names:
         names = list(dataset.channels[:3])
+        names += names[1:] if len(names) == 2 else []
     if len(names) == 1:
         names *= 3
     if len(names) != 3:

@@ -255,7 +255,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _to_working(path: Path, header: nibabel.Nifti1Header, data: np.ndarray, slice_axis: str) -> Volume:
     _check_finite(path, data)
-    affine = _affine(path, header)
+    affine = affine_mm(path, header)
     target = orientations.axcodes2ornt(WORKING_AXES[slice_axis])
     transform = orientations.ornt_transform(orientations.io_orientation(affine), target)
     working = affine @ orientations.inv_ornt_aff(transform, data.shape)
@@ -264,8 +264,8 @@ def _to_working(path: Path, header: nibabel.Nifti1Header, data: np.ndarray, slic
     return Volume(voxels, working, (depth, height, width), transform, header)
 
 
-def _affine(path: Path, header: nibabel.Nifti1Header) -> np.ndarray:
-    """The file's voxel-to-RAS affine in millimetres, checked."""
+def affine_mm(path: Path, header: nibabel.Nifti1Header) -> np.ndarray:
+    """The file's voxel-to-RAS affine in millimetres, checked; else a DataError that names ``path``."""
     axes = min(3, int(header["dim"][0]))
     zooms = np.asarray(header["pixdim"][1 : 1 + axes], dtype=float)
     if not np.all(np.isfinite(zooms)) or not np.all(zooms > 0):

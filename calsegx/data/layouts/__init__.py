@@ -17,7 +17,12 @@ HAND_WRITTEN = "table"  # what a person wrote counts for more than what a layout
 
 
 def detect(root: Path, name: str = "auto") -> Dataset:
-    """Read the dataset in ``root``; layout ``auto``: a cases.tsv if there is one, else the first match.
+    """Read the dataset in ``root``; see ``recognise``."""
+    return recognise(root, name)[1]
+
+
+def recognise(root: Path, name: str = "auto") -> tuple[str, Dataset]:
+    """The layout's name, and the dataset; layout ``auto``: a cases.tsv if there is one, else the first match.
 
     Raises:
         UsageError: for an unknown layout.
@@ -31,12 +36,12 @@ def detect(root: Path, name: str = "auto") -> Dataset:
         dataset = registry.get(name)(root)
         if dataset is None:
             raise DataError(f"{root} is not of the layout {_describe(name)}; try --config.data.layout=auto.")
-        return dataset
+        return name, dataset
     names = [HAND_WRITTEN, *(other for other in registry.names() if other != HAND_WRITTEN)]
     for candidate in names:
         dataset = registry.get(candidate)(root)
         if dataset is not None:
-            return dataset
+            return candidate, dataset
     looked_for = "; ".join(_describe(candidate) for candidate in names)
     raise DataError(f"{root} is of no known layout; looked for: {looked_for}; write a cases.tsv to describe it.")
 

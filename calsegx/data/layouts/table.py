@@ -24,7 +24,7 @@ SPLITS = ("", "train", "val", "test")
 def read(root: Path) -> Dataset | None:
     """A tab-separated cases.tsv with the columns case_id and image:<channel>.
 
-    Label names come from a ``dataset.json`` in the same folder, if there is one.
+    Label names, and ``default_classes``, come from a ``dataset.json`` in the same folder, if there is one.
 
     Raises:
         DataError: naming the file, the line and the column.
@@ -47,9 +47,12 @@ def read(root: Path) -> Dataset | None:
         lines[case.case_id] = line
     description = root / "dataset.json"
     labels: Mapping[str, int] = {}
+    default_classes = ""
     if description.is_file():
-        labels = nnunet_v2.parse_labels(description, nnunet_v2.read_description(description))
-    return Dataset(root, cases, channels, labels)
+        content = nnunet_v2.read_description(description)
+        labels = nnunet_v2.parse_labels(description, content)
+        default_classes = str(content.get("default_classes") or "")
+    return Dataset(root, cases, channels, labels, default_classes)
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
