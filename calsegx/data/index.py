@@ -18,7 +18,7 @@ from nibabel import filebasedimages, orientations
 from PIL import Image
 
 from calsegx import files
-from calsegx.data import cases, nifti, side_table
+from calsegx.data import cases, images, nifti, side_table
 from calsegx.data.layouts import nnunet_v2, table
 from calsegx.interfaces import Case, DataError, Dataset, UsageError
 
@@ -149,12 +149,12 @@ def write_cases(dataset: Dataset, folder: Path) -> Path:
 
 
 def _contents(dataset: Dataset) -> dict[str, str]:
-    images = [f"image:{channel}" for channel in dataset.channels]
+    columns_of_images = [f"image:{channel}" for channel in dataset.channels]
     chosen = [channel for channel in dataset.channels if any(channel in case.volumes for case in dataset.cases)]
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
     columns = table.COLUMNS
-    writer.writerow([*columns[:2], *images, *(f"volume:{channel}" for channel in chosen), *columns[2:]])
+    writer.writerow([*columns[:2], *columns_of_images, *(f"volume:{channel}" for channel in chosen), *columns[2:]])
     for case in dataset.cases:
         writer.writerow(
             [
@@ -179,7 +179,7 @@ def _measure(case: Case, channel: str, headers_only: bool) -> Measured:
     shape, spacing = _grid(case.images[channel])
     volumes: dict[int, float] = {}
     if case.label is not None and not headers_only:
-        label = nifti.read_labels(case.label)
+        label = images.read_labels(case.label)
         ids, counts = np.unique(label.voxels[label.voxels != 0], return_counts=True)
         voxel_ml = float(np.prod(label.spacing_mm)) / _CUBIC_MM
         volumes = {int(value): int(count) * voxel_ml for value, count in zip(ids, counts, strict=True)}
