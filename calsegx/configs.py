@@ -200,8 +200,8 @@ def validate(config: TrainConfig) -> None:
         _below_one(config, name)
     if config.prompt_jitter and config.protocol == "none":
         raise UsageError(
-            f"--config.prompt_jitter={config.prompt_jitter} needs prompts to move, and --config.protocol=none has none; "
-            "leave one out."
+            f"--config.prompt_jitter={config.prompt_jitter} needs prompts to move, and --config.protocol=none has "
+            "none; leave one out."
         )
     if config.data.online and config.batch_size % config.data.slices_per_volume:
         raise UsageError(

@@ -2,12 +2,13 @@
 
 python -m launch.predict --run=runs/x/calsam_seed42 --output=predictions --data=DATASET --prompts=clicks.tsv
 
-``--prompts`` is a table ``case_id i j k label`` of voxels in the image files' own indices, counted from 0, or ``case_id x
-y z label`` of millimetres, separated by tabs (``.csv``: commas), or a JSON file; label 1 is a foreground point, 0 a
+``--prompts`` is a table ``case_id i j k label`` of voxels in the image files' own indices, counted from 0, or ``case_id
+x y z label`` of millimetres, separated by tabs (``.csv``: commas), or a JSON file; label 1 is a foreground point, 0 a
 background point, 2 and 3 are two opposite corners of a box.  Without it the prompts are placed on the reference labels
-by the model's protocol, which is for benchmarks only; a model of the protocol ``none`` needs neither.  The calibrator that ``launch.calibrate``
-saved with the model is applied, unless ``--nocalibrate`` is given.  Writes ``CASE.nii.gz`` (uint8; a class made of
-several label ids gets its first), ``labels.json`` (what the ids mean) and ``CASE_prob-CLASS.nii.gz`` (float32).
+by the model's protocol, which is for benchmarks only; a model of the protocol ``none`` needs neither.  The calibrator
+that ``launch.calibrate`` saved with the model is applied, unless ``--nocalibrate`` is given.  Writes ``CASE.nii.gz``
+(uint8; a class made of several label ids gets its first), ``labels.json`` (what the ids mean) and
+``CASE_prob-CLASS.nii.gz`` (float32).
 """
 
 import json
@@ -86,7 +87,7 @@ def predict(
                 bar.say(f"failed: {failed[-1]}")
             else:
                 if clicks is not None and (left := _between(prepared)):
-                    bar.say(f"note: {case.case_id}: {left} slices between clicked ones have no click: background")
+                    bar.say(f"note: {case.case_id}: slices between clicked ones without a click, now background: {left}")
                 written.append(_write(output, case, probabilities, prepared.reference, parts.class_map))
             bar.update(done, case.case_id)
     if failed:
@@ -143,7 +144,7 @@ def define_flags() -> None:
     common.define_folder("output", "Folder to write masks and probabilities to.")
     flags.DEFINE_string("data", "", "Another dataset folder than the one trained on.")
     flags.DEFINE_string(
-        "prompts", "", "Table or JSON file of clicks; without it prompts are placed on the reference labels."
+        "prompts", "", "Table or JSON of clicks; without it prompts are placed on the reference labels."
     )
     flags.DEFINE_enum("split", "", ["", "train", "val", "test", "all"], "Which cases; default: all of --data, or test.")
     flags.DEFINE_bool("calibrate", True, "Apply the calibrator that launch.calibrate saved with the model.")

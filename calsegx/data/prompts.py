@@ -87,8 +87,8 @@ def guided_maps(points: np.ndarray, labels: np.ndarray, shape: tuple[int, int], 
     """Points as images, for networks that take their prompts as input channels (guided U-Nets).
 
     ``G_c(x, y) = max_i exp(-((x - x_i)^2 + (y - y_i)^2) / (2 sigma^2))`` over the points ``i`` of kind ``c``: 1 at a
-    point, 0 everywhere in a slice without points of the kind.  The maximum, not the sum, keeps the peak 1 where points lie
-    close together.
+    point, 0 everywhere in a slice without points of the kind.  The maximum, not the sum, keeps the peak 1 where points
+    lie close together.
 
     Args:
         points: ``[n, N, 2]`` ``(x, y)`` pixels.
