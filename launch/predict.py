@@ -87,7 +87,7 @@ def predict(
                 bar.say(f"failed: {failed[-1]}")
             else:
                 if clicks is not None and (left := _between(prepared)):
-                    bar.say(f"note: {case.case_id}: slices between clicked ones without a click, now background: {left}")
+                    bar.say(f"note: {case.case_id}: slices between clicked ones without a click: {left}, background")
                 written.append(_write(output, case, probabilities, prepared.reference, parts.class_map))
             bar.update(done, case.case_id)
     if failed:
