@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from calsegx import configs, losses, models, sharding
 from calsegx.data import cases as case_tools
-from calsegx.data import classes, intensity, preprocessing, prompts
+from calsegx.data import classes, intensity, preprocessing
+from calsegx.data import clicks as click_tools
 from calsegx.features import FeatureCache
 from calsegx.interfaces import Backbone, Case, DataError, Dataset, UsageError
 from calsegx.losses import expression
@@ -41,7 +42,7 @@ class Components:
         self,
         case: Case,
         rng: np.random.Generator | None = None,
-        clicks: Mapping[str, prompts.Clicks] | None = None,
+        clicks: Mapping[str, click_tools.Clicks] | None = None,
         count: int | None = None,
     ) -> preprocessing.PreparedCase:
         """``preprocessing.prepare_case`` with this configuration: one path for caching, evaluation and prediction."""

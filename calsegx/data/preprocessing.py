@@ -8,8 +8,8 @@ import numpy as np
 
 from calsegx import configs
 from calsegx.data import augment, classes, frames, intensity, nifti, protocols
+from calsegx.data import clicks as click_tools
 from calsegx.data import images as image_files
-from calsegx.data import prompts as prompt_tools
 from calsegx.interfaces import Case, DataError, Prompts, Volume
 
 VERSION = 2  # raise it when a change here or in augment makes other frames of the same files: caches are then refused
@@ -38,7 +38,7 @@ def prepare_case(
     image_size: int,
     logit_shape: tuple[int, int],
     rng: np.random.Generator | None = None,
-    clicks: Mapping[str, prompt_tools.Clicks] | None = None,
+    clicks: Mapping[str, click_tools.Clicks] | None = None,
     count: int | None = None,
 ) -> PreparedCase:
     """Read, check and normalise a case; keep the slices that have a prompt.
@@ -55,7 +55,7 @@ def prepare_case(
         image_size: S of the backbone.
         logit_shape: of the backbone.
         rng: given, the slices are an augmented view, and prompts follow it.
-        clicks: all cases' clicks, of ``prompts.read_clicks``.
+        clicks: all cases' clicks, of ``clicks.read_clicks``.
         count: keep only so many slices, drawn by ``rng``; repeated where there are fewer.
 
     Raises:
@@ -78,8 +78,8 @@ def prepare_case(
 
     clicked = Prompts()
     if clicks is not None:
-        table = prompt_tools.case_clicks(clicks, case.case_id)
-        slices, clicked = prompt_tools.from_clicks(table, case.case_id, reference, protocol, geometry.depths)
+        table = click_tools.case_clicks(clicks, case.case_id)
+        slices, clicked = click_tools.from_clicks(table, case.case_id, reference, protocol, geometry.depths)
     elif protocol in configs.EVERY_SLICE or working is None:
         slices = np.flatnonzero(np.any([volume.any(axis=(1, 2)) for volume in voxels.values()], axis=0))
     else:

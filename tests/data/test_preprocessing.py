@@ -9,6 +9,7 @@ import pytest
 
 from calsegx import configs
 from calsegx.data import augment, classes, frames, intensity, nifti, preprocessing, prompts
+from calsegx.data import clicks as click_tools
 from calsegx.interfaces import Case, DataError
 
 # segment-anything (commit dca509f), ResizeLongestSide.get_preprocess_shape at 1024: input -> output.
@@ -210,7 +211,7 @@ def test_prepare_augmented_view(case):
 def test_prepare_with_clicks_needs_no_label(case, tmp_path):
     path = tmp_path / "clicks.tsv"
     path.write_text("case_id\ti\tj\tk\tlabel\np1\t6\t12\t4\t1\n")
-    prepared = prepare(dataclasses.replace(case, label=None), clicks=prompts.read_clicks(path))
+    prepared = prepare(dataclasses.replace(case, label=None), clicks=click_tools.read_clicks(path))
     assert prepared.slices.tolist() == [4]
     assert prepared.labels is None
     assert prepared.label_volume is None
@@ -218,7 +219,7 @@ def test_prepare_with_clicks_needs_no_label(case, tmp_path):
     np.testing.assert_allclose(native[0, 0], [13, 11], atol=1e-4)
     assert prepared.prompts["gt_points"].labels.tolist() == [[1, -1]]
     with pytest.raises(DataError, match=r"clicks.tsv has no clicks for case 'p2'"):
-        prepare(dataclasses.replace(case, case_id="p2"), clicks=prompts.read_clicks(path))
+        prepare(dataclasses.replace(case, case_id="p2"), clicks=click_tools.read_clicks(path))
 
 
 def test_case_without_foreground_has_no_slices(case):
