@@ -199,7 +199,8 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
 
     def read_slice(case: Case, index: int) -> np.ndarray:
         # The last channel: FLAIR in the phantoms, where oedema shows best.
-        return nifti.read(case.images[away.channels[-1]]).voxels[index]
+        channel = away.channels[-1]
+        return nifti.read(case.images[channel], case.volumes.get(channel), config.data.slice_axis).voxels[index]
 
     splits = {"training": train, "validation": val, "test": test}
     source = "" if root else config.data.source
