@@ -95,7 +95,7 @@ def working_slices(slices: np.ndarray, geometry: FrameGeometry) -> np.ndarray:
 
 
 def labels_to_working_depth(labels: np.ndarray, geometry: FrameGeometry, num_classes: int) -> np.ndarray:
-    """Class indices ``[D, H, W]`` on the working grid's slices: the class of the largest share, ties to the lower."""
+    """Class indices ``[D, H, W]`` on the working grid's slices: the largest share wins, exact ties go to the lower."""
     native, working = geometry.depths
     if native == working:
         return labels
@@ -149,8 +149,8 @@ def from_low_res(logits: np.ndarray, geometry: FrameGeometry) -> np.ndarray:
 def labels_to_low_res(labels: np.ndarray, geometry: FrameGeometry, num_classes: int) -> np.ndarray:
     """Class indices ``[n, H, W]`` (0..num_classes) on the decoder's grid, uint8 ``[n, Hl, Wl]``.
 
-    One-hot, through the frame with antialias, then the largest share; the padding is background, ties go to
-    the lower index.
+    One-hot, through the frame with antialias, then the largest share; the padding is background, exact ties go
+    to the lower index.
     """
     rows, columns = (
         resample_matrix(geometry.image_size, low, antialias=True)[:, : len(matrix)] @ matrix
@@ -197,7 +197,7 @@ def _between(size_in: int, size_working: int, size_out: int, antialias: bool) ->
 
 
 def _largest_share(labels: np.ndarray, num_classes: int, share: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Resampled class indices: of every mask its ``share``, the largest wins, ties go to the lower index."""
+    """Resampled class indices: of every mask its ``share``, the largest wins, exact ties go to the lower."""
     shares = [share(labels == index) for index in range(1, num_classes + 1)]
     best_share = 1.0 - np.sum(shares, axis=0)
     best = np.zeros(best_share.shape, np.uint8)
