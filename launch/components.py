@@ -97,9 +97,9 @@ def build(config: configs.TrainConfig, class_map: classes.ClassMap | None = None
 
 
 def note_coarse_axis(components: Components, cases: Sequence[Case]) -> None:
-    """Say so on stderr where slices are cut across clearly coarser voxels than another slice axis would; headers only.
+    """Say on stderr where another slice axis is clearly the coarser one, from headers alone.
 
-    The spacing is that of the first such case; a file without a readable header is refused when it is encoded.
+    A file without a readable header is passed over here; it is refused by name when it is encoded.
     """
     asked, found = components.config.data.slice_axis, []
     for case in cases:
@@ -112,9 +112,9 @@ def note_coarse_axis(components: Components, cases: Sequence[Case]) -> None:
         case_id, distances, coarsest = found[0]
         spacing = ", ".join(f"{axis} {distance:.3g} mm" for axis, distance in distances.items())
         print(
-            f"note: {len(found)} of {len(cases)} training cases have slices that are thicker along another axis (case "
-            f"{case_id!r}, from slice to slice: {spacing}), so the {asked} ones are of coarse pixels; "
-            f"--config.data.slice_axis={coarsest} takes them as they were measured",
+            f"note: in {len(found)} of {len(cases)} training cases voxels are at least {ANISOTROPIC:g} times as long "
+            f"along another axis as from one {asked} slice to the next (case {case_id!r}: {spacing}), so slices are "
+            f"seen in coarse pixels; --config.data.slice_axis={coarsest} takes them as they were measured",
             file=sys.stderr,
         )
 
