@@ -151,3 +151,13 @@ def test_evaluation_and_calibration_to_the_end(run, model, tmp_path):
         by_file = dice(np.asarray(mask.dataobj) == 1, np.asarray(label.dataobj) > 0)
         assert evaluated[case.case_id] == pytest.approx(by_file, abs=DICE)
         assert before[case.case_id] == pytest.approx(by_file, abs=DICE)
+
+    # Another dataset is prepared by the model's own settings: the same files score the same there.
+    other = tmp_path / "other"
+    other.mkdir()
+    first, channels = parts.select("test")[0], dict.fromkeys(parts.channels)
+    columns = ["case_id", "subject_id", *(f"image:{channel}" for channel in channels), "label", "scanner"]
+    cells = [first.case_id, "new", *(str(first.images[channel]) for channel in channels), str(first.label), "C"]
+    (other / "cases.tsv").write_text("\t".join(columns) + "\n" + "\t".join(cells) + "\n")
+    elsewhere = evaluate.evaluate([run[0]], tmp_path / "elsewhere", root=str(other))
+    assert dice_of(elsewhere.rows, "sam_ft:dice") == {first.case_id: pytest.approx(evaluated[first.case_id])}
