@@ -98,7 +98,7 @@ def case_clicks(clicks: Mapping[str, Clicks], case_id: str) -> Clicks:
 
 
 def from_clicks(
-    table: Clicks, case_id: str, volume: Volume, protocol: str, depths: tuple[int, int] | None = None
+    table: Clicks, case_id: str, volume: Volume, protocol: str, geometry: frames.FrameGeometry | None = None
 ) -> tuple[np.ndarray, Prompts]:
     """Slices int ``[n]`` with clicks, and their prompts in native ``(x, y)`` pixels.
 
@@ -106,36 +106,35 @@ def from_clicks(
     number, at least two.  With ``gt_box`` a slice has one corner 2 and one corner 3.  With ``volume_points`` the
     clicks are those of the volume, and every slice gets all of them.
 
-    On a working grid with other slices, each of them gets the clicks of all slices of the file that are interpolated
-    from it (of boxes: the box round them), so that a clicked slice is never mixed with one that nobody prompted.
+    A working grid with other slices gets a click on the slice that holds the click's; clicks of several slices of the
+    file may come together there (of boxes: the box round them).
 
     Args:
         table: of ``read_clicks``.
         case_id: for messages.
         volume: the image's grid.
         protocol: the model's.
-        depths: number of slices of the file and of the working grid that is asked for; None: the file's own.
+        geometry: of the case; None: the working grid is the file's.
 
     Raises:
         DataError: for clicks outside the image or incomplete slices.
     """
     _check_protocol(table, case_id, protocol)
-    native, working = depths or (len(volume.voxels), len(volume.voxels))
     voxels = _to_working(table, case_id, volume)
     if protocol == "volume_points":
         _check_foreground(table, case_id, np.arange(len(voxels)), "the volume")
-        points = np.tile(voxels[:, [2, 1]].astype(np.float32), (working, 1, 1))
-        return np.arange(working), Prompts(points=points, labels=np.tile(table.labels.astype(np.int32), (working, 1)))
-    clicked = np.unique(voxels[:, 0])
-    needed = frames.resample_matrix(working, native, antialias=False)[clicked] > 0  # [clicked slices, working slices]
-    slices = np.flatnonzero(needed.any(axis=0))
-    sources = [np.flatnonzero(np.isin(voxels[:, 0], clicked[needed[:, number]])) for number in slices]
+        depth = geometry.depths[1] if geometry else len(volume.voxels)
+        points = np.tile(voxels[:, [2, 1]].astype(np.float32), (depth, 1, 1))
+        return np.arange(depth), Prompts(points=points, labels=np.tile(table.labels.astype(np.int32), (depth, 1)))
+    holding = frames.working_slices(voxels[:, 0], geometry) if geometry else voxels[:, 0]
+    slices = np.unique(holding)
+    sources = [np.flatnonzero(holding == number) for number in slices]
     if protocol == "gt_box":
         _check_corners(table, case_id, voxels)
         corners = [voxels[rows][:, [2, 1]] for rows in sources]
         boxes = [(*found.min(axis=0), *found.max(axis=0)) for found in corners]  # in any order of the corners
         return slices, Prompts(boxes=np.array(boxes, np.float32))
-    for number in clicked:
+    for number in np.unique(voxels[:, 0]):
         _check_foreground(table, case_id, np.flatnonzero(voxels[:, 0] == number), "the slice of this click")
     points = np.zeros((len(slices), max(2, *map(len, sources)), 2), np.float32)
     labels = np.full(points.shape[:2], PADDING, np.int32)

@@ -46,7 +46,7 @@ PROOFS = {
     14: (TABLE, NIFTI + "test_bad_volumes"),
     15: (TABLE, NIFTI + "test_bad_volumes"),
     16: (TABLE, NIFTI + "test_bad_volumes"),
-    17: (VERIFY + "test_axes", NIFTI + "test_round_trip_and_working_orientation"),
+    17: (VERIFY + "test_axes", "tests/data/test_round_trips.py::test_round_trip_and_working_orientation"),
     18: (TABLE, NIFTI + "test_flat_files_and_trailing_axes"),
     19: (VERIFY + "test_one_slice", NIFTI + "test_flat_files_and_trailing_axes"),
     20: (TABLE, VERIFY + "test_units", NIFTI + "test_units_become_millimetres"),

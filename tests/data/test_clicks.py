@@ -265,34 +265,22 @@ def test_a_model_without_prompts_takes_no_clicks(tmp_path):
 def test_clicks_of_a_volume_go_to_every_slice(tmp_path):
     volume, _ = volume_of(tmp_path)
     found = clicks.read_clicks(write_clicks(tmp_path, "a 1 2 3 1", "a 5 5 5 0", "b 1 1 1 0"))
-    slices, native = clicks.from_clicks(found["a"], "a", volume, "volume_points", (8, 4))
+    halved = frames.frame_geometry((8, 7, 6), (1.0, 1.0, 1.0), 64, (16, 16), (4, 7, 6))
+    slices, native = clicks.from_clicks(found["a"], "a", volume, "volume_points", halved)
     assert slices.tolist() == [0, 1, 2, 3]
     assert native.points.tolist() == [[[4, 4], [0, 1]]] * 4 and native.labels.tolist() == [[1, 0]] * 4
     with pytest.raises(DataError, match="the volume in case 'b' has only background clicks"):
         clicks.from_clicks(found["b"], "b", volume, "volume_points")
 
 
-@pytest.mark.parametrize("working", [3, 5, 8, 11, 20])
-def test_a_clicked_slice_is_interpolated_from_prompted_ones_alone(tmp_path, working):
-    """Whatever the number of working slices, the way back gives the clicked slice its whole probability."""
-    volume, _ = volume_of(tmp_path)
-    geometry = frames.frame_geometry((8, 7, 6), (1.0, 1.0, 1.0), 64, (16, 16), (working, 7, 6))
-    for number in range(8):
-        found = clicks.read_clicks(write_clicks(tmp_path, f"a 1 1 {number} 1"))
-        slices, native = clicks.from_clicks(found["a"], "a", volume, "gt_points", geometry.depths)
-        assert np.all(native.points[:, 0] == native.points[0, 0])
-        probabilities = np.zeros((working, 1, 1, 1), np.float32)
-        probabilities[slices] = 1
-        assert frames.from_working_depth(probabilities, geometry)[number].item() == pytest.approx(1)
-
-
 def test_clicks_of_slices_that_become_one_are_put_together(tmp_path):
     volume, _ = volume_of(tmp_path)
     table = clicks.read_clicks(write_clicks(tmp_path, "a 1 1 2 1", "a 2 2 3 1", "a 3 3 3 0"))["a"]
-    slices, native = clicks.from_clicks(table, "a", volume, "gt_points", (8, 4))
+    halved = frames.frame_geometry((8, 7, 6), (1.0, 1.0, 1.0), 64, (16, 16), (4, 7, 6))
+    slices, native = clicks.from_clicks(table, "a", volume, "gt_points", halved)
     row = slices.tolist().index(1)
     assert sorted(native.labels[row].tolist()) == [0, 1, 1]
     corners = ["a 1 1 2 2", "a 2 3 2 3", "a 4 4 3 2", "a 2 2 3 3"]
     table = clicks.read_clicks(write_clicks(tmp_path, *corners))["a"]
-    slices, native = clicks.from_clicks(table, "a", volume, "gt_box", (8, 4))
+    slices, native = clicks.from_clicks(table, "a", volume, "gt_box", halved)
     assert native.boxes[slices.tolist().index(1)].tolist() == [1, 2, 4, 5]
