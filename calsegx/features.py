@@ -1,23 +1,28 @@
-"""The feature cache: frozen encoder output on disk, one chunk per slice, checked on every read.
+"""The feature cache: frozen encoder output on disk, one file per view with a chunk per slice, checked on every read.
 
 Layout of a cache folder::
 
     signature.json                     what the features depend on; checked before reuse
-    <case id>/view0/features/...       zarr3, bfloat16 [n, h, w, C], one chunk per slice, crc32c
-    <case id>/view0/labels/...         zarr3, uint8 [n, Hl, Wl], one chunk per slice, crc32c
+    <case id>/view0/features/...       zarr3, bfloat16 [n, h, w, C]
+    <case id>/view0/labels/...         zarr3, uint8 [n, Hl, Wl]
     <case id>/view0/slices/...
     <case id>/view0/<protocol>.{points,labels,boxes}/...
     <case id>/view0/done.json          written last: the case's fingerprint, the arrays' shapes, and the SHA-256
                                        of their zarr.json and of itself
+    <case id>/view0.set-aside          a view that was found damaged, until it was computed anew
+    .claims/<case id>.view0.lock       locked by the process that computes the view
 
-TensorStore detects a flipped byte, a truncated chunk and a missing chunk (``fill_missing_data_reads=False``).
+Every array is one file (zarr3's ``sharding_indexed``): a slice is an inner chunk with a crc32c of its own, and so is the
+index, so that reading a slice reads no other.  TensorStore detects a flipped byte, a truncated file and a missing one
+(``fill_missing_data_reads=False``).
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +34,10 @@ from calsegx import configs, files
 from calsegx.interfaces import InputError, Prompts
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_PER_SLICE = ("features", "labels")  # one chunk per slice; the small arrays are one chunk each
+_PER_SLICE = ("features", "labels")  # one inner chunk per slice; the small arrays are read as a whole
+# Where the chunks lie in a file is remembered, the chunks themselves are not.
+_CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 20}})
+READ_AT_ONCE = 4  # slices of a whole view: more in flight read no faster and take memory
 _PROMPT_TYPES = {"points": np.float32, "labels": np.int32, "boxes": np.float32}  # array "<protocol>.<field>"
 
 
@@ -81,12 +89,25 @@ class FeatureCache:
                 "a new folder with --config.data.cache."
             )
         files.write_atomically(path, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
+        _check_signature(root, _read(path, json.loads), wanted)  # another process may have been a moment later
         return cls(root)
 
     def has(self, case_id: str, view: str, fingerprint: str) -> bool:
-        """Whether the view was written completely, and from this ``fingerprint`` of the case's files."""
-        path = self._folder(case_id, view) / "done.json"
-        return path.exists() and _read(path, files.unseal)["fingerprint"] == fingerprint
+        """Whether the view was written completely, and from this ``fingerprint`` of the case's files.
+
+        Raises:
+            InputError: when what says so is damaged; the view is set aside.
+        """
+        return self.holds(case_id, view) and self._done(case_id, view)["fingerprint"] == fingerprint
+
+    def holds(self, case_id: str, view: str) -> bool:
+        """Whether the view was written completely, from whatever files."""
+        return (self._folder(case_id, view) / "done.json").exists()
+
+    def claim_path(self, case_id: str, view: str) -> Path:
+        """The file to lock while the view is computed."""
+        self._folder(case_id, view)
+        return self.root / ".claims" / f"{case_id}.{view}.lock"
 
     def fingerprint(self, case_id: str, view: str) -> str:
         """The fingerprint of the case's files that the view was made from.
@@ -145,9 +166,13 @@ class FeatureCache:
                 "metadata": {name: _metadata_digest(temporary / name) for name in arrays},
             }
             files.write_atomically(temporary / "done.json", files.seal(done))
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                if not self.has(case_id, view, fingerprint):  # else a process without a claim was faster
+                    raise
+            shutil.rmtree(_aside(folder), ignore_errors=True)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"The features of case {case_id!r}, {view} cannot be written to {self.root} ({error}); free "
@@ -166,27 +191,40 @@ class FeatureCache:
         """Read the slices at ``index``: positions 0..n-1 in the view; an integer drops the slice axis.
 
         Raises:
-            InputError: when the view is missing, or a chunk is damaged or missing.
+            InputError: when the view is missing, or what is read of it is damaged or missing: it is then set aside, so
+                that filling the cache computes it anew.
         """
         opened = self._open(case_id, view)
         chosen = index if isinstance(index, int | slice) else np.asarray(index, np.int64)
-        large = {}
-        for name, store in opened.stores.items():
-            try:
-                large[name] = store[chosen].read().result()
-            except ValueError as error:
-                raise self._damaged(case_id, view, error) from error
-        small = {name: array[chosen] for name, array in opened.arrays.items()}
-        prompts: dict[str, dict[str, np.ndarray]] = {}
-        for name in small.keys() - {"slices"}:
-            protocol, _, field = name.partition(".")
-            prompts.setdefault(protocol, {})[field] = small[name]
-        by_protocol = {protocol: Prompts(**fields) for protocol, fields in prompts.items()}
-        return CachedSlices(large["features"], large.get("labels"), small["slices"], by_protocol)
+        try:
+            reading = {name: store[chosen].read() for name, store in opened.stores.items()}
+            large = {name: read.result() for name, read in reading.items()}
+        except ValueError as error:
+            raise self._damaged(case_id, view, error) from error
+        return _cached(large, {name: array[chosen] for name, array in opened.arrays.items()})
 
     def read_case(self, case_id: str, view: str) -> CachedSlices:
         """Read a whole view; errors as in ``read_slices``."""
-        return self.read_slices(case_id, view, slice(None))
+        opened = self._open(case_id, view)
+        large = {name: np.empty(store.shape, store.dtype.numpy_dtype) for name, store in opened.stores.items()}
+        for first, name, part in self._parts(case_id, view, opened):
+            large[name][first : first + len(part)] = part
+        return _cached(large, opened.arrays)
+
+    def verify(self, case_id: str, view: str) -> None:
+        """Read every byte of a view; errors as in ``read_slices``."""
+        for _ in self._parts(case_id, view, self._open(case_id, view)):
+            pass
+
+    def _parts(self, case_id: str, view: str, opened: "_View") -> Iterator[tuple[int, str, np.ndarray]]:
+        """The large arrays in parts: first slice, name, slices."""
+        try:
+            for name, store in opened.stores.items():
+                count = store.shape[0]
+                for first in range(0, count, READ_AT_ONCE):
+                    yield first, name, store[first : min(first + READ_AT_ONCE, count)].read().result()
+        except ValueError as error:
+            raise self._damaged(case_id, view, error) from error
 
     def _folder(self, case_id: str, view: str) -> Path:
         if case_id in ("", ".", "..") or case_id.startswith(".") or "/" in case_id or "\\" in case_id:
@@ -195,12 +233,15 @@ class FeatureCache:
 
     def _done(self, case_id: str, view: str) -> dict[str, Any]:
         path = self._folder(case_id, view) / "done.json"
-        if not path.exists():
+        try:
+            return files.unseal(path.read_bytes())
+        except FileNotFoundError as error:
             raise InputError(
                 f"Case {case_id!r} has no {view} in the feature cache {self.root}; run the training command "
                 "again: it computes what is missing before it trains."
-            )
-        return _read(path, files.unseal)
+            ) from error
+        except (OSError, ValueError) as error:
+            raise self._damaged(case_id, view, error) from error
 
     def _open(self, case_id: str, view: str) -> _View:
         if (case_id, view) not in self._opened:
@@ -211,7 +252,7 @@ class FeatureCache:
                 try:
                     if _metadata_digest(folder / name) != done["metadata"][name]:
                         raise ValueError(f"the zarr.json of {name} is not what was written")
-                    store = tensorstore.open(_spec(folder / name), open=True, read=True).result()
+                    store = tensorstore.open(_spec(folder / name), open=True, read=True, context=_CONTEXT).result()
                     if list(store.shape) != shape:
                         raise ValueError(f"{name} has shape {list(store.shape)}, done.json says {shape}")
                     if name in _PER_SLICE:
@@ -224,10 +265,36 @@ class FeatureCache:
         return self._opened[case_id, view]
 
     def _damaged(self, case_id: str, view: str, error: Exception) -> InputError:
+        """Set the view aside; the error to raise."""
+        folder = self._folder(case_id, view)
+        self._opened.pop((case_id, view), None)
+        what = f"The cached features of case {case_id!r}, {view} are damaged ({str(error).splitlines()[0][:300]})"
+        try:
+            shutil.rmtree(_aside(folder), ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another process has found the same
+                folder.rename(_aside(folder))
+        except OSError as refused:
+            return InputError(
+                f"{what}, and {folder} cannot be moved out of the way ({refused.strerror}); delete that folder, then "
+                "run the same command again."
+            )
         return InputError(
-            f"The cached features of case {case_id!r}, {view} are damaged ({error}); delete the folder "
-            f"{self._folder(case_id, view)} and compute them again."
+            f"{what}; they were moved to {_aside(folder)}: run the same command again, which computes this view anew "
+            "and keeps the others."
         )
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.set-aside")
+
+
+def _cached(large: Mapping[str, np.ndarray], small: Mapping[str, np.ndarray]) -> CachedSlices:
+    prompts: dict[str, dict[str, np.ndarray]] = {}
+    for name in small.keys() - {"slices"}:
+        protocol, _, field = name.partition(".")
+        prompts.setdefault(protocol, {})[field] = small[name]
+    by_protocol = {protocol: Prompts(**fields) for protocol, fields in prompts.items()}
+    return CachedSlices(large["features"], large.get("labels"), small["slices"], by_protocol)
 
 
 def size_bytes(slices: int, feature_shape: Sequence[int]) -> int:
@@ -240,24 +307,32 @@ def _spec(folder: Path) -> dict[str, Any]:
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{folder}/"},
         "fill_missing_data_reads": False,
+        # A file of the cache is never changed, only replaced together with its folder.
+        "recheck_cached_data": "open",
     }
 
 
 def _write_array(folder: Path, array: np.ndarray, *, per_slice: bool) -> None:
-    chunk = [max(1, size) for size in array.shape]
-    if per_slice:
-        chunk[0] = 1
+    """One file; ``per_slice``: an inner chunk for each position of the first axis, else one for all."""
+    whole = [max(1, size) for size in array.shape]
+    inner = [1, *whole[1:]] if per_slice else whole
+    as_bytes = {"name": "bytes"} | ({"configuration": {"endian": "little"}} if array.dtype.itemsize > 1 else {})
+    checksum = {"name": "crc32c"}
+    sharding = {
+        "chunk_shape": inner,
+        "codecs": [as_bytes, checksum],
+        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, checksum],
+        "index_location": "end",
+    }
     metadata = {
         "shape": list(array.shape),
         "data_type": array.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": whole}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
-    if array.dtype.itemsize == 1:
-        metadata["codecs"][0].pop("configuration")
     # A slice of zeros must leave a chunk, or it could not be told from a missing one.
     spec = {**_spec(folder), "metadata": metadata, "store_data_equal_to_fill_value": True}
-    tensorstore.open(spec, create=True).result().write(array).result()
+    tensorstore.open(spec, create=True, context=_CONTEXT).result().write(array).result()
 
 
 def _metadata_digest(folder: Path) -> str:

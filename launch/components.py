@@ -16,7 +16,7 @@ from calsegx.data import classes, intensity, preprocessing, prompts
 from calsegx.features import FeatureCache
 from calsegx.interfaces import Backbone, Case, DataError, Dataset, UsageError
 from calsegx.losses import expression
-from calsegx.training import caching, interruption
+from calsegx.training import cache_jobs, caching, interruption
 from calsegx.training import step as train_step
 
 FRAME_SETTINGS = (
@@ -129,7 +129,7 @@ def encode(
     With several processes each encodes its share, on its own devices, and all wait for the last.
     """
     process, asked = sharding.process(), stop or interruption.Stop()
-    labelled = [(case, views) for case, views in cases if case.label is not None]
+    share = _share(cases)
     advice = (
         "The device's memory does not hold the encoder and one batch of slices; set --config.model.encoder_batch=1, "
         "--config.model.dtype=bfloat16, or --config.model.shards to the number of devices that should share one encoder"
@@ -137,7 +137,7 @@ def encode(
     with sharding.out_of_memory(lambda: advice):
         caching.fill_cache(
             cache,
-            labelled[process.index :: process.count],
+            share,
             components.prepare,
             components.backbone,
             seed=VIEW_SEED,
@@ -148,6 +148,27 @@ def encode(
             between=lambda: asked.check(f"what was encoded is kept in {cache.root}."),
         )
     sharding.wait_for_all("features encoded")
+
+
+def verify_cache(
+    components: Components, cache: FeatureCache, splits: Mapping[str, int], stop: interruption.Stop
+) -> list[tuple[str, str]]:
+    """Read all that the cache holds of whole splits: what is damaged is said, set aside and returned (case, view)."""
+    process = sharding.process()
+    damaged = cache_jobs.verify(
+        cache,
+        _share([(case, views) for split, views in splits.items() for case in components.select(split)]),
+        progress=process.index == 0,
+        between=lambda: stop.check("nothing was changed but what is said to be damaged."),
+    )
+    sharding.wait_for_all("features verified")
+    return damaged
+
+
+def _share(cases: Sequence[tuple[Case, int]]) -> list[tuple[Case, int]]:
+    """Those with labels that fall to this process."""
+    process = sharding.process()
+    return [(case, views) for case, views in cases if case.label is not None][process.index :: process.count]
 
 
 def encoder_mesh(config: configs.TrainConfig) -> Mesh:

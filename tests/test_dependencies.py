@@ -25,7 +25,7 @@ ALLOWED = {
     "memory": set(),
     "features": set(),
     "data": {"features"},  # the pipeline reads the cache
-    "training": {"losses", "sharding", "features", "data"},
+    "training": {"losses", "sharding", "features", "locks", "data"},
     "evaluation": {"metrics", "calibrators", "features", "data"},
 }
 # Third-party packages that only some files may touch; a path prefix, relative to the project.

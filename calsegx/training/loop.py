@@ -18,7 +18,7 @@ from calsegx import features as feature_cache
 from calsegx.data import pipeline
 from calsegx.interfaces import Backbone, Batch, InputError, UsageError
 from calsegx.losses import augmented_lagrangian, fisher
-from calsegx.training import caching, checkpoints, checks, interruption, metrics_log, model_folder, progress
+from calsegx.training import cache_jobs, checkpoints, checks, interruption, metrics_log, model_folder, progress
 from calsegx.training import state as train_state
 from calsegx.training import step as train_step
 
@@ -100,7 +100,7 @@ def train(
     ):
         # ------------------------------------------------------------------------------------------ data
         sharding.check_batch_size(mesh, config.batch_size)
-        views, share = caching.view_names(config.data.views), sharding.process()
+        views, share = cache_jobs.view_names(config.data.views), sharding.process()
         data = pipeline.training_data(
             cache,
             train_case_ids,

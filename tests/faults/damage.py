@@ -99,12 +99,22 @@ def read_cache(site: Site) -> str:
         for case in site.parts.select(split):
             fingerprint = case_tools.fingerprint(case)
             for view in views:
-                if cache.has(case.case_id, view, fingerprint):
-                    found = cache.read_case(case.case_id, view)
+                if read_view(cache, case.case_id, view, lambda: cache.has(case.case_id, view, fingerprint)):
+                    found = read_view(cache, case.case_id, view)
                     jobs.expect(site.same(f"{case.case_id}/{view}", found), f"{case.case_id}, {view} is another")
                 else:
                     absent += 1  # and is computed again, which tests/training/test_caching.py proves
     return FALLBACK if absent else HARMLESS
+
+
+def read_view(cache: Any, case_id: str, view: str, read: Callable[[], Any] | None = None) -> Any:
+    """Read a view; one that is set aside is put back for what follows."""
+    try:
+        return read() if read else cache.read_case(case_id, view)
+    except InputError:
+        folder = cache.root / case_id / view
+        folder.with_name(f"{view}.set-aside").rename(folder)
+        raise
 
 
 def read_model(site: Site) -> str:
@@ -281,6 +291,8 @@ def end_to_end(site: Site) -> int:
         fresh = inputs.folder / "fresh"
         code, said = jobs.run(inputs, inputs.arguments(fresh, method="sam_ft", **{"data.cache": site.features}))
         jobs.expect(code == 1 and "are damaged" in said and not (fresh / "model").exists(), f"{code}: {said}")
+        view = chunk.relative_to(site.features).parts[:2]
+        site.features.joinpath(*view).with_name(f"{view[1]}.set-aside").rename(site.features.joinpath(*view))
     with damaged(site.workdir / "model" / "model.json", "flip", rng):
         evaluation = inputs.folder / "other"
         flags = [f"--runs={site.workdir}", f"--workdir={evaluation}"]
