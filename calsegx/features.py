@@ -12,9 +12,9 @@ Layout of a cache folder::
     <case id>/view0.set-aside          a view that was found damaged, until it was computed anew
     .claims/<case id>.view0.lock       locked by the process that computes the view
 
-Every array is one file (zarr3's ``sharding_indexed``): a slice is an inner chunk with a crc32c of its own, and so is the
-index, so that reading a slice reads no other.  TensorStore detects a flipped byte, a truncated file and a missing one
-(``fill_missing_data_reads=False``).
+Every array is one file (zarr3's ``sharding_indexed``): each slice is an inner chunk with a crc32c of its own, and so is
+the index, so that reading a slice reads no other.  TensorStore detects a flipped byte, a truncated file and a missing
+one (``fill_missing_data_reads=False``).
 """
 
 import contextlib
