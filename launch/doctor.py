@@ -58,7 +58,8 @@ def describe_run(config: configs.TrainConfig, workdir: Path) -> tuple[list[str],
     train, val = parts.select("train"), parts.select("val")
     each = features.size_bytes(1, parts.backbone.feature_shape) + int(np.prod(parts.backbone.logit_shape))
     root = Path(config.data.cache) if config.data.cache else workdir / "features"
-    slices, missing = count_slices(parts, root, [(train, config.data.views), (val, 1)])
+    views = 0 if config.data.online else config.data.views
+    slices, missing = count_slices(parts, root, [(train, views), (val, 1)])
     needed, free = missing * each, shutil.disk_usage(_existing(root)).free
     saved = checkpoints.whole_steps(workdir / "checkpoints")
     if saved:

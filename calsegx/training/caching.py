@@ -225,27 +225,44 @@ def encoder_batch(asked: int, feature_shape: Sequence[int], mesh: Mesh) -> int:
 def case_encoder(backbone: Backbone, batch_size: int, mesh: Mesh) -> Callable[..., np.ndarray]:
     """Compile ``(prepared case, between) -> features [n, h, w, C]`` bfloat16, as the cache holds them.
 
-    Prediction uses it too.  Slices go through the encoder in batches of one shape (``encoder_batch``; 0: automatic),
-    split over the devices; the last is filled up with zeros.  A batch starts before the one before it is copied to
-    the host, and no more than ``IN_FLIGHT`` are on the device.  ``between`` is called before each batch; it may raise.
+    Prediction uses it too.  As ``frame_encoder``, to which ``batch_size`` (0: automatic) and ``between`` go.
     """
     batch_size = encoder_batch(batch_size, backbone.feature_shape, mesh)
+    encode = frame_encoder(backbone, batch_size, mesh)
+
+    def encode_case(prepared: "preprocessing.PreparedCase", between: Callable[[], None] = lambda: None) -> np.ndarray:
+        def framed(first: int) -> np.ndarray:
+            images = prepared.images[first : first + batch_size]
+            return frames.to_frame(images, prepared.geometry, backbone.pixel_mean, backbone.pixel_std)
+
+        return encode(len(prepared.slices), framed, between)
+
+    return encode_case
+
+
+def frame_encoder(backbone: Backbone, batch_size: int, mesh: Mesh) -> Callable[..., np.ndarray]:
+    """Compile ``(n, framed, between) -> features [n, h, w, C]`` bfloat16; ``framed(first)`` gives a batch of frames.
+
+    Slices go through the encoder in batches of one shape (``batch_size`` of ``encoder_batch``), split over the devices;
+    the last is filled up with zeros.  A batch starts before the one before it is copied to the host, and no more than
+    ``IN_FLIGHT`` are on the device.  ``between`` is called before each batch; it may raise.
+    """
     place, compiled = batch_encoder(backbone, mesh)
     params = jax.device_put(backbone.encoder, place)
 
-    def start(prepared: "preprocessing.PreparedCase", first: int) -> jax.Array:
-        images = prepared.images[first : first + batch_size]
-        framed = frames.to_frame(images, prepared.geometry, backbone.pixel_mean, backbone.pixel_std)
+    def start(framed: np.ndarray) -> jax.Array:
         filled = np.zeros((batch_size, *framed.shape[1:]), np.float32)
         filled[: len(framed)] = framed
         return compiled(params, sharding.shard_batch(mesh, filled))
 
-    def encode(prepared: "preprocessing.PreparedCase", between: Callable[[], None] = lambda: None) -> np.ndarray:
-        encoded = np.empty((len(prepared.slices), *backbone.feature_shape), features.BFLOAT16)
+    def encode(
+        count: int, framed: Callable[[int], np.ndarray], between: Callable[[], None] = lambda: None
+    ) -> np.ndarray:
+        encoded = np.empty((count, *backbone.feature_shape), features.BFLOAT16)
         running: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
-        for first in range(0, len(encoded), batch_size):
+        for first in range(0, count, batch_size):
             between()
-            running.append((encoded[first : first + batch_size], start(prepared, first)))
+            running.append((encoded[first : first + batch_size], start(framed(first))))
             if len(running) == IN_FLIGHT:
                 _copy(*running.popleft())
         while running:
