@@ -20,7 +20,6 @@ from absl import flags
 
 from calsegx import calibrators, configs
 from calsegx.calibrators import storage
-from calsegx.data import cases as case_tools
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import predict as case_prediction
 from calsegx.evaluation import study, verdict
@@ -63,7 +62,7 @@ def calibrate(run: Path, calibrator: str = "temperature", region: str = "all", r
     home = components.of_model(record, "")
     away = components.of_model(record, root) if root else home
     val = home.select("val")
-    _check_validation(record, val)
+    evaluate.check_validation(record, val)
     tested = [case for case in home.dataset.cases if case.split == "test"]
     storage.check_split("val", [c.subject_id for c in val], [c.subject_id for c in tested])
     shown = [case for case in (away.dataset.cases if root else tested) if case.label is not None]
@@ -137,16 +136,6 @@ def of_run(run: Path, record: Mapping[str, Any]) -> tuple[str, dict[str, Any]] |
             "leave it out with --nocalibrate."
         )
     return name, params
-
-
-def _check_validation(record: Mapping[str, Any], val: Sequence[Case]) -> None:
-    trained = {entry["fingerprint"] for entry in record["seen"]["val"]}
-    for case in val:
-        if case_tools.fingerprint(case) not in trained:
-            raise DataError(
-                f"Validation case {case.case_id!r} is not among the {len(trained)} that the run was validated on; "
-                "restore the dataset and its splits, or train again."
-            )
 
 
 def _study(parts: components.Components, folder: Path) -> study.Study:

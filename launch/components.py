@@ -288,7 +288,7 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
     config = configs.from_dict(configs.TrainConfig, record["config"], "model.json")
     data = dataclasses.replace(config.data, channels=",".join(record["channels"]))
     if root:
-        data = dataclasses.replace(data, root=root, layout="auto", source="", cache="")
+        data = dataclasses.replace(data, root=root, layout="auto", source="", splits="", fold=0, cache="")
     ids = tuple(tuple(values) for values in record["class_ids"])
     class_map = classes.ClassMap(tuple(record["class_names"]), ids, frozenset(record["known_ids"]))
     # The training's devices may have been others; what they shared is no property of the model.

@@ -24,7 +24,7 @@ from absl import flags
 import calsegx
 from calsegx import configs, files
 from calsegx.data import cases as case_tools
-from calsegx.data import nifti
+from calsegx.data import images
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import gallery, methods, report, study, tables
 from calsegx.interfaces import Case, DataError, UsageError
@@ -34,7 +34,8 @@ from launch import common, components, exchange
 # Settings in which compared runs may differ: what they are compared for, and what changes no number.
 MAY_DIFFER = (
     *("method", "loss", "seed", "fisher.", "cmp.", "crac.", "log_every", "save_every", "validate_every"),
-    *("data.root", "data.cache", "model.weights", "model.encoder_batch", "model.shards", "microbatch", "tensorboard"),
+    *("data.root", "data.splits", "data.cache", "model.weights", "model.encoder_batch", "model.shards"),
+    *("microbatch", "tensorboard"),
 )
 
 
@@ -147,6 +148,21 @@ def check_unseen(record: Mapping[str, Any], test: Sequence[Case], same_dataset: 
             )
 
 
+def check_validation(record: Mapping[str, Any], val: Sequence[Case]) -> None:
+    """What a calibrator is fitted on must be what the run was validated on.
+
+    Raises:
+        DataError: naming the first case that is not.
+    """
+    validated = {entry["fingerprint"] for entry in record["seen"]["val"]}
+    for case in val:
+        if case_tools.fingerprint(case) not in validated:
+            raise DataError(
+                f"Validation case {case.case_id!r} is not among the {len(validated)} that the run was validated on; "
+                "restore the dataset and its splits, or train again."
+            )
+
+
 def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: str = "") -> report.Record:
     """Score every test case and write the evaluation folder; of several processes each scores its share.
 
@@ -166,6 +182,7 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
         raise UsageError(f"The test cases of {away.dataset.root} have no labels, so there is nothing to compare with.")
 
     check_unseen(runs.record, test, same_dataset=not root)
+    check_validation(runs.record, val)
     features = components.feature_cache(home, folders[0])
     components.fill_cache(home, features, {"train": 1, "val": 1})
     domain_column = config.data.domain if root or config.data.source else ""
@@ -199,7 +216,8 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
 
     def read_slice(case: Case, index: int) -> np.ndarray:
         # The last channel: FLAIR in the phantoms, where oedema shows best.
-        return nifti.read(case.images[away.channels[-1]]).voxels[index]
+        channel = away.channels[-1]
+        return images.read(case.images[channel], case.volumes.get(channel), config.data.slice_axis).voxels[index]
 
     splits = {"training": train, "validation": val, "test": test}
     source = "" if root else config.data.source

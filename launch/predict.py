@@ -6,7 +6,8 @@ python -m launch.predict --run=runs/x/calsam_seed42 --output=predictions --data=
 foreground point, 0 a background point, 2 and 3 are two opposite corners of a box.  Without it the prompts are placed on
 the reference labels by the model's protocol, which is for benchmarks only.  The calibrator that ``launch.calibrate``
 saved with the model is applied, unless ``--nocalibrate`` is given.  Writes ``CASE.nii.gz`` (uint8; a class made of
-several label ids gets its first), ``labels.json`` (what the ids mean) and ``CASE_prob-CLASS.nii.gz`` (float32).
+several label ids gets its first), ``labels.json`` (what the ids mean) and ``CASE_prob-CLASS.nii.gz`` (float32); of PNG
+pictures ``CASE.png`` and ``CASE_prob-CLASS.png`` (16 bits: 65535 is 1).
 """
 
 import json
@@ -20,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from calsegx import calibrators, files
-from calsegx.data import classes, nifti, pipeline, prompts
+from calsegx.data import classes, images, pipeline, prompts
 from calsegx.evaluation import predict as case_prediction
 from calsegx.evaluation import study
 from calsegx.interfaces import Case, DataError, InputError, Params, UsageError
@@ -119,12 +120,9 @@ def _described(calibrator: tuple[str, Mapping[str, Any]] | None, wanted: bool) -
 
 def _write(output: Path, case: Case, probabilities: np.ndarray, reference: Any, class_map: classes.ClassMap) -> Path:
     for index, name in enumerate(class_map.names):
-        path = output / f"{case.case_id}_prob-{name}.nii.gz"
-        nifti.write(path, probabilities[..., index], reference, np.float32)
-    mask = output / f"{case.case_id}.nii.gz"
+        images.write(output / f"{case.case_id}_prob-{name}", probabilities[..., index], reference, np.float32)
     ids = classes.to_file_ids(class_map, case_prediction.segment(probabilities))
-    nifti.write(mask, ids, reference, ids.dtype.type)
-    return mask
+    return images.write(output / case.case_id, ids, reference, ids.dtype.type)
 
 
 def define_flags() -> None:

@@ -35,8 +35,9 @@ def train(
     """
     if resume and not (workdir / "checkpoints").is_dir():
         raise InputError(f"--resume found no run in {workdir}; name the --workdir of the run to go on with.")
-    # Absolute, so that dataset, cache and weights are found again from anywhere.
-    data = dataclasses.replace(config.data, root=_absolute(config.data.root), cache=_absolute(config.data.cache))
+    # Absolute, so that dataset, cache, folds and weights are found again from anywhere.
+    paths = {name: _absolute(getattr(config.data, name)) for name in ("root", "cache", "splits")}
+    data = dataclasses.replace(config.data, **paths)
     model = dataclasses.replace(config.model, weights=_absolute(config.model.weights))
     config = dataclasses.replace(config, data=data, model=model)
     parts = components.build(config)

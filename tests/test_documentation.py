@@ -16,6 +16,7 @@ import pytest
 
 from calsegx import calibrators, losses, metrics
 from calsegx.calibrators import local_temperature
+from calsegx.data import corruptions
 from calsegx.losses import augmented_lagrangian, expression, fisher
 from launch import calibrate
 
@@ -23,6 +24,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "methods.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 LINKED = set(re.findall(r"\]\(figures/(\w+)\.png\)", PAGE))
+CORRUPTIONS = (ROOT / "docs" / "corruptions.md").read_text()
+SHOWN = LINKED | set(re.findall(r"\]\(figures/(\w+)\.png\)", CORRUPTIONS))
 
 
 def section(title):
@@ -105,8 +108,27 @@ def test_every_function_of_the_metrics_is_named(module):
 
 
 def test_every_picture_exists_and_every_file_is_shown():
-    assert {path.stem for path in (ROOT / "docs" / "figures").iterdir()} == LINKED
-    assert all(path.stat().st_size < 60_000 for path in (ROOT / "docs" / "figures").iterdir())
+    assert {path.stem for path in (ROOT / "docs" / "figures").iterdir()} == SHOWN
+    for path in (ROOT / "docs" / "figures").iterdir():
+        assert path.stat().st_size < (700_000 if path.stem == "corruptions" else 60_000)  # 66 noisy images
+
+
+@pytest.mark.parametrize("name", corruptions.names())
+def test_every_corruption_is_described_with_its_levels(name):
+    (row,) = re.findall(rf"^\| `{name}` .*\| ([^|]*) \|$", CORRUPTIONS, re.MULTILINE)
+    told = {
+        key: [float(value) for value in values.split(", ")] for key, values in re.findall(r"`(\w+)` ([\d., ]+)", row)
+    }
+    assert told == corruptions.parameters(name)
+
+
+def test_the_example_of_a_corruption_runs(monkeypatch):
+    monkeypatch.setattr(corruptions.registry, "_entries", dict(corruptions.registry._entries))
+    (block,) = re.findall(r"```python\n(.*?)```", CORRUPTIONS, re.DOTALL)
+    names = {}
+    exec(compile(block, "docs/corruptions.md", "exec"), names)
+    changed = corruptions.corrupt("darker", names["image"], (3.0, 1.0, 1.0), 5, "case1")
+    np.testing.assert_allclose(changed, names["image"] * 0.2, atol=1e-5)
 
 
 def test_measured_figures_are_the_readmes():
@@ -122,4 +144,4 @@ def test_links_exist():
 @pytest.mark.slow
 def test_the_script_draws_every_picture(tmp_path):
     subprocess.run([sys.executable, ROOT / "docs" / "gallery.py", tmp_path / "figures"], cwd=tmp_path, check=True)
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == LINKED
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == SHOWN

@@ -3,10 +3,11 @@
 import difflib
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from calsegx import configs
-from calsegx.data import layouts, nifti, splits
+from calsegx.data import images, layouts, splits
 from calsegx.interfaces import Case, DataError, Dataset, UsageError
 
 UNKNOWN = "unknown"
@@ -15,15 +16,33 @@ UNKNOWN = "unknown"
 def load(config: configs.DataConfig) -> Dataset:
     """The dataset in ``config.root``, every case with a split, every file present.
 
+    The splits are those of the fold that ``config`` names; without one, the dataset's own and drawn ones.
+
     Raises:
-        UsageError: when no root is given, or the layout is unknown.
+        UsageError: when no root is given, the layout is unknown, or there is no such fold.
         DataError: when the folder is not a dataset, a file is missing, case names clash, or a subject leaks.
     """
     if not config.root:
         raise UsageError("--config.data.root is empty; give the dataset's folder.")
-    dataset = layouts.detect(Path(config.root), config.layout)
-    _check(dataset)
+    if config.fold and not config.splits:
+        raise UsageError(f"--config.data.fold={config.fold} needs a file of folds; name it with --config.data.splits.")
+    dataset = read(Path(config.root), config.layout)
+    if config.splits:
+        path = Path(config.splits)
+        return splits.apply(dataset, splits.choose(path, config.fold), f"{path}, fold {config.fold}")
     return splits.assign(dataset, config.val_fraction, config.test_fraction)
+
+
+def read(root: Path, layout: str = "auto") -> Dataset:
+    """The dataset in ``root`` with the splits that it names itself, every file present.
+
+    Raises:
+        UsageError: when the layout is unknown.
+        DataError: when the folder is not a dataset, a file is missing, or case names clash.
+    """
+    dataset = layouts.detect(root, layout)
+    _check(dataset)
+    return dataset
 
 
 def domain(case: Case, column: str) -> str:
@@ -71,7 +90,8 @@ def select(
         raise DataError(
             f"{dataset.root} has no case in the split {split!r}"
             + "".join(f" with {what} {name!r}" for what, name in wanted)
-            + f"; it has {_census(dataset, config.domain)}: add subjects, or a split column to cases.tsv."
+            + f"; it has {_census(dataset, config.domain)}: add subjects, or name the splits in cases.tsv "
+            "or --config.data.splits."
         )
     for case in chosen:
         if split in ("train", "val") and case.label is None:
@@ -84,7 +104,8 @@ def select(
 def channels(config: configs.DataConfig, dataset: Dataset) -> tuple[str, str, str]:
     """The three channels that the encoder sees as red, green and blue.
 
-    One name is used three times.  Without ``config.channels``: the dataset's first three, or its only one.
+    One name is used three times.  Without ``config.channels``: the dataset's first three, or its only one; of
+    two, the second is used twice.
 
     Raises:
         UsageError: for an unknown name, or any other number of names.
@@ -99,6 +120,7 @@ def channels(config: configs.DataConfig, dataset: Dataset) -> tuple[str, str, st
             )
     if not names:
         names = list(dataset.channels[:3])
+        names += names[1:] if len(names) == 2 else []
     if len(names) == 1:
         names *= 3
     if len(names) != 3:
@@ -110,44 +132,68 @@ def channels(config: configs.DataConfig, dataset: Dataset) -> tuple[str, str, st
 
 
 def fingerprint(case: Case) -> str:
-    """SHA-256 over the bytes of the case's images and label, and the channels' names."""
+    """SHA-256 over the bytes of the case's images and label, the channels' names and which volumes they are."""
     digest = hashlib.sha256()
-    files = [*sorted(case.images.items()), *([("label", case.label)] if case.label else [])]
-    for role, path in files:
-        try:
-            with open(path, "rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise DataError(
-                f"{path} (case {case.case_id!r}, {role}) cannot be read ({error.strerror}); check the path and the "
-                "drive."
-            ) from error
-        digest.update(f"{role}\0{content}\n".encode())
+    contents: dict[Path, str] = {}
+    for role, path, volume in _files(case):
+        if path not in contents:
+            try:
+                with open(path, "rb") as stream:
+                    contents[path] = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise DataError(
+                    f"{path} (case {case.case_id!r}, {role}) cannot be read ({error.strerror}); check the path and "
+                    "the drive."
+                ) from error
+        index = "" if volume is None else f"\0{volume}"
+        digest.update(f"{role}{index}\0{contents[path]}\n".encode())
     return digest.hexdigest()
 
 
-def _check(dataset: Dataset) -> None:
-    """File names that case ids can become, and files that exist, each in one role."""
+def problems(dataset: Dataset) -> Iterator[tuple[Case, str]]:
+    """Case ids that cannot name a file or stand there twice, and files with two roles, each as a sentence."""
     seen: dict[str, str] = {}
-    roles: dict[Path, str] = {}
+    uses: dict[Path, list[tuple[Case, str, int | None]]] = {}
     for case in dataset.cases:
         # Predictions are named after the case, also on file systems that ignore case.
         if not re.fullmatch(r"[^\s/\\:*?\"<>|.][^/\\:*?\"<>|\t\n]*", case.case_id):
-            raise DataError(
-                f"Case {case.case_id!r} of {dataset.root} cannot name a file; use letters, digits, '-' and '_'."
+            yield (
+                case,
+                f"Case {case.case_id!r} of {dataset.root} cannot name a file; use letters, digits, '-' and '_'.",
             )
-        other = seen.setdefault(case.case_id.casefold(), case.case_id)
-        if other != case.case_id:
-            raise DataError(
-                f"Cases {other!r} and {case.case_id!r} of {dataset.root} differ only in upper and lower case."
-            )
-        for role, path in [*case.images.items(), *([("label", case.label)] if case.label else [])]:
-            nifti.require_file(path, f"case {case.case_id}, {role}")
-            if path in roles:
-                raise DataError(
-                    f"{path} is given as {roles[path]} and as {role} of case {case.case_id!r}; give each its own file."
-                )
-            roles[path] = f"{role} of case {case.case_id!r}"
+        other = seen.get(case.case_id.casefold())
+        if other is not None:
+            how = "stand there twice" if other == case.case_id else "differ only in upper and lower case"
+            yield case, f"Cases {other!r} and {case.case_id!r} of {dataset.root} {how}; rename one."
+        seen[case.case_id.casefold()] = case.case_id
+        for role, path, volume in _files(case):
+            for owner, owner_role, owner_volume in uses.setdefault(path, []):
+                # The channels of one case may be volumes of one file, and copies of a scan may share its label.
+                volumes = owner is case and None not in (volume, owner_volume) and volume != owner_volume
+                copies = role == owner_role == "label" and case.subject_id == owner.subject_id
+                if not (volumes or copies):
+                    yield (
+                        case,
+                        f"{path} is given as {owner_role} of case {owner.case_id!r} and as {role} of case "
+                        f"{case.case_id!r}; give each its own file.",
+                    )
+                    break
+            uses[path].append((case, role, volume))
+
+
+def _files(case: Case) -> list[tuple[str, Path, int | None]]:
+    """(role, file, index of the volume) of the images by name, then of the label."""
+    files = [(channel, path, case.volumes.get(channel)) for channel, path in sorted(case.images.items())]
+    return [*files, ("label", case.label, None)] if case.label else files
+
+
+def _check(dataset: Dataset) -> None:
+    """No problems, and files that exist."""
+    for _, sentence in problems(dataset):
+        raise DataError(sentence)
+    for case in dataset.cases:
+        for role, path, _ in _files(case):
+            images.require_file(path, f"case {case.case_id}, {role}")
 
 
 def _one_domain(name: str, what: str, known: tuple[str, ...], column: str) -> None:

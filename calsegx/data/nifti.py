@@ -125,10 +125,11 @@ def write(path: Path, array: np.ndarray, like: Volume, dtype: type) -> None:
     files.write_atomically(path, content)
 
 
-def same_grid(first: Volume, first_path: Path, second: Volume, second_path: Path) -> None:
+def same_grid(first: Volume, first_path: Path, second: Volume, second_path: Path) -> float:
     """Check that two volumes lie on the same voxels: equal shape, corners within ``GRID_TOLERANCE_MM``.
 
     The comparison is made in the working orientation, so the files may store their axes in different orders.
+    Returns how far apart the corners lie, in millimetres.
 
     Raises:
         DataError: with both grids and the remedy.
@@ -140,13 +141,19 @@ def same_grid(first: Volume, first_path: Path, second: Volume, second_path: Path
             f"{first_path} and {second_path} have different shapes (slices, rows, columns): {shapes[0]} and "
             f"{shapes[1]}; {remedy}."
         )
-    corners = np.array([(*c, 1) for c in itertools.product(*((0, n - 1) for n in shapes[0]))], dtype=float)
-    distance = np.linalg.norm((corners @ (first.affine - second.affine).T)[:, :3], axis=1).max()
+    distance = corner_distance(shapes[0], first.affine, second.affine)
     if not distance <= GRID_TOLERANCE_MM:
         raise DataError(
             f"{first_path} and {second_path} lie up to {distance:.4g} mm apart: their affines, in working axes, are "
             f"{_format(first.affine)} and {_format(second.affine)}; {remedy}, or correct the wrong header."
         )
+    return distance
+
+
+def corner_distance(shape: tuple[int, ...], first: np.ndarray, second: np.ndarray) -> float:
+    """How far apart two affines ``[4, 4]`` put the corners of a volume of ``shape``, at most."""
+    corners = np.array([(*c, 1) for c in itertools.product(*((0, n - 1) for n in shape))], dtype=float)
+    return float(np.linalg.norm((corners @ (first - second).T)[:, :3], axis=1).max())
 
 
 def require_file(path: Path, role: str = "") -> None:
@@ -248,7 +255,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _to_working(path: Path, header: nibabel.Nifti1Header, data: np.ndarray, slice_axis: str) -> Volume:
     _check_finite(path, data)
-    affine = _affine(path, header)
+    affine = affine_mm(path, header)
     target = orientations.axcodes2ornt(WORKING_AXES[slice_axis])
     transform = orientations.ornt_transform(orientations.io_orientation(affine), target)
     working = affine @ orientations.inv_ornt_aff(transform, data.shape)
@@ -257,8 +264,8 @@ def _to_working(path: Path, header: nibabel.Nifti1Header, data: np.ndarray, slic
     return Volume(voxels, working, (depth, height, width), transform, header)
 
 
-def _affine(path: Path, header: nibabel.Nifti1Header) -> np.ndarray:
-    """The file's voxel-to-RAS affine in millimetres, checked."""
+def affine_mm(path: Path, header: nibabel.Nifti1Header) -> np.ndarray:
+    """The file's voxel-to-RAS affine in millimetres, checked; else a DataError that names ``path``."""
     axes = min(3, int(header["dim"][0]))
     zooms = np.asarray(header["pixdim"][1 : 1 + axes], dtype=float)
     if not np.all(np.isfinite(zooms)) or not np.all(zooms > 0):

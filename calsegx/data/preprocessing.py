@@ -8,6 +8,7 @@ import numpy as np
 
 from calsegx import configs
 from calsegx.data import augment, classes, frames, intensity, nifti, protocols
+from calsegx.data import images as image_files
 from calsegx.data import prompts as prompt_tools
 from calsegx.interfaces import Case, DataError, Prompts, Volume
 
@@ -119,7 +120,7 @@ def read_label_volume(case: Case, class_map: classes.ClassMap, slice_axis: str =
     """
     if case.label is None:
         raise DataError(f"Case {case.case_id!r} has no label file; add one, or give clicks to predict.")
-    volume = nifti.read_labels(case.label, slice_axis)
+    volume = image_files.read_labels(case.label, slice_axis)
     return dataclasses.replace(volume, voxels=classes.to_indices(class_map, volume.voxels, case.label))
 
 
@@ -129,7 +130,7 @@ def _read_channels(
     """Normalised voxels ``[D, H, W]`` by channel, and the first channel's grid."""
 
     def read(name: str) -> Volume:
-        return nifti.read(case.images[name], case.volumes.get(name), config.slice_axis)
+        return image_files.read(case.images[name], case.volumes.get(name), config.slice_axis)
 
     first = read(channels[0])
     # Whoever holds the case needs the grid alone; a broadcast zero takes no memory.

@@ -146,9 +146,33 @@ def test_channels():
     assert cases.channels(config, make_dataset(channels=("CT",))) == ("CT",) * 3
     with pytest.raises(UsageError, match=r"names 'FLIAR'; the dataset has T1, T1c, T2, FLAIR. Did you"):
         cases.channels(dataclasses.replace(config, channels="FLIAR"), dataset)
-    for wrong in (dataclasses.replace(config, channels="T1,T2"), config):
-        with pytest.raises(UsageError, match="one or three channels"):
-            cases.channels(wrong, make_dataset(channels=("T1", "T2")))
+    assert cases.channels(config, make_dataset(channels=("T1", "T2"))) == ("T1", "T2", "T2")
+    with pytest.raises(UsageError, match="one or three channels"):
+        cases.channels(dataclasses.replace(config, channels="T1,T2"), make_dataset(channels=("T1", "T2")))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a x.nii 0 x.nii 1 l.nii"], None),
+        (["a x.nii 1 x.nii 1 l.nii"], "x.nii is given as T1 of case 'a' and as T2 of case 'a'"),
+        (["a x.nii 0 x.nii - l.nii"], "x.nii is given as T1 of case 'a' and as T2 of case 'a'"),
+        (["a x.nii 0 y.nii - x.nii"], "x.nii is given as T1 of case 'a' and as label of case 'a'"),
+        (
+            ["a x.nii 0 x.nii 1 l.nii", "b x.nii 2 x.nii 3 m.nii"],
+            "x.nii is given as T1 of case 'a' and as T1 of case 'b'",
+        ),
+    ],
+)
+def test_only_channels_of_one_case_share_a_file(tmp_path, lines, message):
+    config = write_dataset(tmp_path, lines, "case_id image:T1 volume:T1 image:T2 volume:T2 label")
+    table = tmp_path / "cases.tsv"
+    table.write_text(table.read_text().replace("-", ""))
+    if message is None:
+        assert cases.load(config).cases[0].volumes == {"T1": 0, "T2": 1}
+        return
+    with pytest.raises(DataError, match=message):
+        cases.load(config)
 
 
 def test_fingerprint(tmp_path):
@@ -165,6 +189,18 @@ def test_fingerprint(tmp_path):
     paths[0].unlink()
     with pytest.raises(DataError, match="case 'c', T1"):
         cases.fingerprint(case)
+
+
+def test_fingerprint_of_several_volumes(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"x")
+    case = Case("c", "c", dict.fromkeys(("T1", "T2"), tmp_path / "x"), None, "", volumes={"T1": 0, "T2": 1})
+    first = cases.fingerprint(case)
+    assert cases.fingerprint(dataclasses.replace(case, volumes={"T1": 1, "T2": 0})) != first
+    hashed = []
+    digest = cases.hashlib.file_digest
+    monkeypatch.setattr(cases.hashlib, "file_digest", lambda *args: hashed.append(1) or digest(*args))
+    assert cases.fingerprint(case) == first
+    assert len(hashed) == 1  # a 4-D file is large
 
 
 LABELS = {"background": 0, "core": 1, "oedema": 2, "rim": 4}

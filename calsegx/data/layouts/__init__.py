@@ -4,6 +4,7 @@ A new layout is one new file here that registers its reader.  The first line of 
 what it looks for; it is shown when no layout matches.
 """
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,28 +17,39 @@ HAND_WRITTEN = "table"  # what a person wrote counts for more than what a layout
 
 
 def detect(root: Path, name: str = "auto") -> Dataset:
-    """Read the dataset in ``root``; layout ``auto``: a cases.tsv if there is one, else the first match.
+    """Read the dataset in ``root``; see ``recognise``."""
+    return recognise(root, name)[1]
+
+
+def recognise(root: Path, name: str = "auto") -> tuple[str, Dataset]:
+    """The layout's name, and the dataset; layout ``auto``: a cases.tsv if there is one, else the first match.
 
     Raises:
         UsageError: for an unknown layout.
         DataError: for a missing or empty folder, or one that no layout recognises.
     """
     if not root.is_dir():
-        raise DataError(f"The dataset folder {root} does not exist or is a file; check its name.")
+        raise DataError(f"The dataset folder {root} does not exist or is a file; check its name{_nearest(root)}.")
     if not any(root.iterdir()):
         raise DataError(f"The dataset folder {root} is empty; put the dataset there or name another.")
     if name != "auto":
         dataset = registry.get(name)(root)
         if dataset is None:
             raise DataError(f"{root} is not of the layout {_describe(name)}; try --config.data.layout=auto.")
-        return dataset
+        return name, dataset
     names = [HAND_WRITTEN, *(other for other in registry.names() if other != HAND_WRITTEN)]
     for candidate in names:
         dataset = registry.get(candidate)(root)
         if dataset is not None:
-            return dataset
+            return candidate, dataset
     looked_for = "; ".join(_describe(candidate) for candidate in names)
     raise DataError(f"{root} is of no known layout; looked for: {looked_for}; write a cases.tsv to describe it.")
+
+
+def _nearest(root: Path) -> str:
+    names = [entry.name for entry in root.parent.iterdir() if entry.is_dir()] if root.parent.is_dir() else []
+    near = difflib.get_close_matches(root.name, names, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _describe(name: str) -> str:

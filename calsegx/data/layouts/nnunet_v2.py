@@ -21,32 +21,31 @@ def read(root: Path) -> Dataset | None:
 
     ``imagesTr`` and ``labelsTr`` hold the cases to split, ``imagesTs`` (with ``labelsTs``, if there is one)
     the test cases.  Images are named ``<case>_<4-digit channel><file_ending>``, labels
-    ``<case><file_ending>``.
+    ``<case><file_ending>``.  A ``dataset`` in dataset.json names the files of the cases to split instead.
 
     Raises:
         DataError: for a malformed dataset.json, a missing channel, or an image without its label and vice
             versa.
     """
     description_path = root / "dataset.json"
-    if not description_path.is_file() or not any((root / name).is_dir() for name in ("imagesTr", "imagesTs")):
+    if not description_path.is_file():
         return None
     description = read_description(description_path)
     if "channel_names" not in description:  # nnU-Net v1 and the Decathlon say "modality"
         return None
-    channels = _channels(description_path, description["channel_names"])
+    if "dataset" not in description and not any((root / name).is_dir() for name in ("imagesTr", "imagesTs")):
+        return None
+    channels = parse_channels(description_path, description, "channel_names")
     labels = parse_labels(description_path, description)
     ending = description.get("file_ending")
     if ending not in IMAGE_ENDINGS:
         raise DataError(f"{description_path}: file_ending is {ending!r}; expected one of {', '.join(IMAGE_ENDINGS)}.")
     if "dataset" in description:
-        raise DataError(f"{description_path}: a 'dataset' list of files is not read; write a cases.tsv instead.")
-    training = _cases(root, "Tr", "", channels, ending)
-    expected = description.get("numTraining")
-    if expected is not None and training and expected != len(training):
-        raise DataError(
-            f"{description_path}: numTraining is {expected}, imagesTr holds {len(training)} cases; add the missing "
-            "files or correct the number."
-        )
+        training, where = _listed_cases(description_path, description["dataset"], channels), "'dataset' lists"
+    else:
+        training, where = _cases(root, "Tr", "", channels, ending), "imagesTr holds"
+    if training:
+        check_number(description_path, description, len(training), where)
     cases = (*training, *_cases(root, "Ts", "test", channels, ending))
     if not cases:
         raise DataError(f"{root} holds no image that ends in {ending} in imagesTr or imagesTs; check file_ending.")
@@ -71,40 +70,89 @@ def read_description(path: Path) -> dict[str, Any]:
 def parse_labels(path: Path, description: Mapping[str, Any]) -> dict[str, int]:
     """The labels of a dataset.json: ``{"background": 0, "tumour": 1, ...}``.
 
+    Regions, ``{"whole": [1, 2, 3], "core": [2, 3], ...}``, overlap, the ids in the files do not: every id is named
+    after the smallest region that holds it, and with the id itself where that name is another id's too (``whole_1``).
+
     Raises:
-        DataError: for another form, regions, an ignore label or an id used twice.
+        DataError: for another form, an ignore label or ids used twice.
     """
     labels = description.get("labels")
     if not isinstance(labels, dict):
         raise DataError(f'{path}: labels are missing; expected for example {{"background": 0, "tumour": 1}}.')
+    regions: dict[str, frozenset[int]] = {}
     for name, value in labels.items():
-        if isinstance(value, list):
+        ids = value if isinstance(value, list) else [value]
+        if not ids or not all(type(one) is int and one >= 0 for one in ids):  # a bool is an int, too
             raise DataError(
-                f"{path}: label {name!r} is a region {value}; list the plain ids there and give the region with "
-                f"--config.data.classes={name}={'+'.join(map(str, value))}."
-            )
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise DataError(
-                f"{path}: label {name!r} is {value!r}; expected name: id with a non-negative integer id (nnU-Net v2)."
+                f"{path}: label {name!r} is {value!r}; expected name: id with a non-negative integer id, or a list of "
+                "them (nnU-Net v2)."
             )
         if name == "ignore":
             raise DataError(f"{path}: the label 'ignore' ({value}) is not supported; relabel those voxels.")
-    if len(set(labels.values())) < len(labels):
-        raise DataError(f"{path}: two labels have the same id ({labels}); give each its own.")
-    if labels.get("background", 0) != 0 or any(v == 0 and k != "background" for k, v in labels.items()):
-        raise DataError(f"{path}: the label with the id 0 must be 'background'; got {labels}.")
-    return labels
+        if (name == "background") != (0 in ids) or (0 in ids and len(ids) > 1):
+            raise DataError(f"{path}: the label with the id 0 must be 'background', and only that; got {labels}.")
+        if frozenset(ids) in regions.values():
+            raise DataError(f"{path}: two labels have the same id ({labels}); give each its own.")
+        regions[name] = frozenset(ids)
+    owner = {
+        value: min((name for name in regions if value in regions[name]), key=lambda name: len(regions[name]))
+        for value in sorted(frozenset[int]().union(*regions.values()))
+    }
+    owners = list(owner.values())
+    exclusive = {name if owners.count(name) == 1 else f"{name}_{value}": value for value, name in owner.items()}
+    if len(exclusive) < len(owner):
+        raise DataError(f"{path}: the ids of the regions {labels} get the same names; rename a region.")
+    return exclusive
 
 
-def _channels(path: Path, channel_names: Any) -> tuple[str, ...]:
-    expected = 'expected {"0": "T1", "1": "FLAIR", ...} with consecutive numbers and distinct names'
-    if not isinstance(channel_names, dict) or not channel_names:
-        raise DataError(f"{path}: channel_names is {channel_names!r}; {expected}.")
-    numbers = [str(index) for index in range(len(channel_names))]
-    names = [channel_names.get(number) for number in numbers]
-    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-        raise DataError(f"{path}: channel_names is {channel_names!r}; {expected}.")
-    return tuple(str(name) for name in names)
+def parse_channels(path: Path, description: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """The channels of a dataset.json, ``{"0": "T1", "1": "FLAIR"}`` under ``key``.
+
+    Raises:
+        DataError: for another form, gaps in the numbers, or a name used twice.
+    """
+    found = description[key]
+    names = [found.get(str(index)) for index in range(len(found))] if isinstance(found, dict) else []
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        raise DataError(
+            f'{path}: {key} is {found!r}; expected {{"0": "T1", "1": "FLAIR", ...}} with consecutive numbers and '
+            "distinct names."
+        )
+    return tuple(map(str, names))
+
+
+def check_number(path: Path, description: Mapping[str, Any], found: int, where: str) -> None:
+    """Check numTraining, if it is given, against the cases that ``where`` has.
+
+    Raises:
+        DataError: when they differ.
+    """
+    expected = description.get("numTraining", found)
+    if expected != found:
+        raise DataError(
+            f"{path}: numTraining is {expected}, {where} {found} cases; add the missing files or correct the number."
+        )
+
+
+def _listed_cases(path: Path, listed: Any, channels: tuple[str, ...]) -> tuple[Case, ...]:
+    """The cases of dataset.json's ``dataset``: ``{case: {"images": [...], "label": ...}}``, relative to its folder."""
+    if not isinstance(listed, dict):
+        raise DataError(f"{path}: dataset is a {type(listed).__name__}; expected case: its images and label.")
+    cases = []
+    for case_id, entry in sorted(listed.items()):
+        images, label = (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(images, list) or not all(isinstance(name, str) and name for name in [*images, label]):
+            raise DataError(
+                f'{path}: case {case_id!r} of dataset is {entry!r}; expected {{"images": [paths], "label": path}}.'
+            )
+        if len(images) != len(channels):
+            raise DataError(
+                f"{path}: case {case_id!r} of dataset has {len(images)} images; expected one for each of the channels "
+                f"{', '.join(channels)}."
+            )
+        files = {channel: path.parent / name for channel, name in zip(channels, images, strict=True)}
+        cases.append(Case(case_id, case_id, files, path.parent / str(label), split=""))
+    return tuple(cases)
 
 
 def _cases(root: Path, suffix: str, split: str, channels: tuple[str, ...], ending: str) -> tuple[Case, ...]:

@@ -1,9 +1,9 @@
 """The hand-written layout: a ``cases.tsv``, one line per examination, which names files wherever they are.
 
-Columns: ``case_id``, ``subject_id``, ``image:<channel>`` (one or more), ``label``, ``split`` (train, val,
-    test or
-empty), ``centre``, ``scanner``, ``field_strength``.  Only ``case_id`` and one image are required; further
-columns are allowed and ignored.  Paths are relative to the table's folder.
+Columns: ``case_id``, ``subject_id``, ``image:<channel>`` (one or more), ``volume:<channel>`` (which volume of a 4-D
+file, or colour of a picture, from 0), ``label``, ``split`` (train, val, test or empty), ``centre``, ``scanner``,
+``field_strength``.  Only ``case_id`` and one image are required; further columns are allowed and ignored.  Paths are
+relative to the table's folder.
 """
 
 import csv
@@ -24,7 +24,7 @@ SPLITS = ("", "train", "val", "test")
 def read(root: Path) -> Dataset | None:
     """A tab-separated cases.tsv with the columns case_id and image:<channel>.
 
-    Label names come from a ``dataset.json`` in the same folder, if there is one.
+    Label names, and ``default_classes``, come from a ``dataset.json`` in the same folder, if there is one.
 
     Raises:
         DataError: naming the file, the line and the column.
@@ -47,9 +47,12 @@ def read(root: Path) -> Dataset | None:
         lines[case.case_id] = line
     description = root / "dataset.json"
     labels: Mapping[str, int] = {}
+    default_classes = ""
     if description.is_file():
-        labels = nnunet_v2.parse_labels(description, nnunet_v2.read_description(description))
-    return Dataset(root, cases, channels, labels)
+        content = nnunet_v2.read_description(description)
+        labels = nnunet_v2.parse_labels(description, content)
+        default_classes = str(content.get("default_classes") or "")
+    return Dataset(root, cases, channels, labels, default_classes)
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
@@ -80,7 +83,7 @@ def _check_header(path: Path, header: list[str]) -> None:
         if header.count(name) > 1:
             raise DataError(f"{path}, line 1: the column {name!r} stands there twice.")
         near = difflib.get_close_matches(name.lower(), COLUMNS, n=1, cutoff=0.8)
-        if name and name not in COLUMNS and not name.startswith("image:") and near:
+        if name and name not in COLUMNS and not name.startswith(("image:", "volume:")) and near:
             raise DataError(f"{path}, line 1: unknown column {name!r}; did you mean {near[0]!r}?")
     if "case_id" not in header:
         raise DataError(f"{path}, line 1: the column case_id is missing; the columns are {', '.join(header)}.")
@@ -89,6 +92,9 @@ def _check_header(path: Path, header: list[str]) -> None:
         raise DataError(
             f"{path}, line 1: expected a column image:<channel> such as image:T1; the columns are {', '.join(header)}."
         )
+    for channel in (name.removeprefix("volume:") for name in header if name.startswith("volume:")):
+        if f"image:{channel}" not in images:
+            raise DataError(f"{path}, line 1: the column volume:{channel} has no column image:{channel} beside it.")
 
 
 def _case(path: Path, line: int, row: Mapping[str, str], channels: tuple[str, ...]) -> Case:
@@ -99,6 +105,10 @@ def _case(path: Path, line: int, row: Mapping[str, str], channels: tuple[str, ..
     if split not in SPLITS:
         raise DataError(f"{path}, line {line}, column split: {split!r}; expected train, val, test or nothing.")
     label = row.get("label", "")
+    volumes = {channel: row[f"volume:{channel}"] for channel in channels if row.get(f"volume:{channel}")}
+    for channel, number in volumes.items():
+        if not (number.isascii() and number.isdigit()):
+            raise DataError(f"{path}, line {line}, column volume:{channel}: {number!r}; expected 0, 1, 2 or nothing.")
     return Case(
         case_id=row["case_id"],
         subject_id=row.get("subject_id") or row["case_id"],
@@ -108,4 +118,5 @@ def _case(path: Path, line: int, row: Mapping[str, str], channels: tuple[str, ..
         centre=row.get("centre", ""),
         scanner=row.get("scanner", ""),
         field_strength=row.get("field_strength", ""),
+        volumes={channel: int(number) for channel, number in volumes.items()},
     )

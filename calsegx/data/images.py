@@ -1,0 +1,64 @@
+"""Image and label files of any kind that is read: NIfTI volumes, and PNG pictures as volumes of one slice."""
+
+from pathlib import Path
+
+import numpy as np
+
+from calsegx.data import nifti, pictures
+from calsegx.data.nifti import require_file as require_file
+from calsegx.interfaces import UsageError, Volume
+
+
+def read(path: Path, volume: int | None = None, slice_axis: str = "axial") -> Volume:
+    """Read an image as float32 ``[D, H, W]``; see ``nifti.read`` and ``pictures.read``.
+
+    Args:
+        path: its ending says what it is; what is not a picture is held to be NIfTI.
+        volume: which volume of a 4-D file, or colour of a picture, from 0; None where the file holds one.
+        slice_axis: which of the body's planes are the slices ``D``: axial, coronal or sagittal.
+
+    Raises:
+        DataError: for an unusable file.
+        UsageError: for another slice axis than axial with a picture.
+    """
+    if _is_picture(path, slice_axis):
+        return pictures.read(path, volume)
+    return nifti.read(path, volume=volume, slice_axis=slice_axis)
+
+
+def read_labels(path: Path, slice_axis: str = "axial") -> Volume:
+    """Read a label file as int32 ``[D, H, W]``; arguments and errors as ``read``."""
+    if _is_picture(path, slice_axis):
+        return pictures.read_labels(path)
+    return nifti.read_labels(path, slice_axis=slice_axis)
+
+
+def write(stem_path: Path, array: np.ndarray, like: Volume, dtype: type) -> Path:
+    """Write ``array [D, H, W]`` on ``like``'s grid as a file of ``like``'s kind, and return its path.
+
+    Args:
+        stem_path: the file without its ending: ``.png`` or ``.nii.gz`` is added.
+        array: in the working orientation.
+        like: a volume that was read.
+        dtype: ``np.uint8`` or ``np.uint16`` for labels, ``np.float32`` for probabilities.
+
+    Raises:
+        ValueError: when shape or values do not fit.
+        InputError: when the file cannot be written.
+    """
+    if isinstance(like.header, pictures.PictureHeader):
+        path = stem_path.with_name(stem_path.name + pictures.ENDING)
+        pictures.write(path, array, like, dtype)
+    else:
+        path = stem_path.with_name(f"{stem_path.name}.nii.gz")
+        nifti.write(path, array, like, dtype)
+    return path
+
+
+def _is_picture(path: Path, slice_axis: str) -> bool:
+    picture = path.suffix.lower() == pictures.ENDING
+    if picture and slice_axis != "axial":
+        raise UsageError(
+            f"--config.data.slice_axis={slice_axis} does not suit {path}: a picture has one plane; leave it."
+        )
+    return picture
