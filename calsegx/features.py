@@ -1,4 +1,4 @@
-"""The feature cache: frozen encoder output on disk, one file per view with a chunk per slice, checked on every read.
+"""The feature cache: frozen encoder output on disk, one file per view with a chunk per slice, checked when it is read.
 
 Layout of a cache folder::
 
@@ -12,13 +12,10 @@ Layout of a cache folder::
     <case id>/view0.set-aside          a view that was found damaged, until it was computed anew
     .claims/<case id>.view0.lock       locked by the process that computes the view
 
-Every array is one file (zarr3's ``sharding_indexed``): each slice is an inner chunk with a crc32c of its own, and so is
-the index, so that reading a slice reads no other.  TensorStore detects a flipped byte, a truncated file and a missing
-one (``fill_missing_data_reads=False``).
+Every array is one file with a chunk per slice, each with a crc32c (``slice_files``): reading a slice reads no other.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -28,16 +25,12 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import tensorstore
 
-from calsegx import configs, files
+from calsegx import configs, files, slice_files
 from calsegx.interfaces import InputError, Prompts
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _PER_SLICE = ("features", "labels")  # one inner chunk per slice; the small arrays are read as a whole
-# Where the chunks lie in a file is remembered, the chunks themselves are not.
-_CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 20}})
-READ_AT_ONCE = 4  # slices of a whole view: more in flight read no faster and take memory
 _PROMPT_TYPES = {"points": np.float32, "labels": np.int32, "boxes": np.float32}  # array "<protocol>.<field>"
 
 
@@ -51,9 +44,9 @@ class CachedSlices(NamedTuple):
 
 
 class _View(NamedTuple):
-    """An opened view: stores for what is large, arrays for what is small."""
+    """An opened view: files for what is large, arrays for what is small."""
 
-    stores: dict[str, Any]
+    files: dict[str, slice_files.SliceFile]
     arrays: dict[str, np.ndarray]
 
 
@@ -159,11 +152,11 @@ class FeatureCache:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             for name, array in arrays.items():
-                _write_array(temporary / name, array, per_slice=name in _PER_SLICE)
+                slice_files.write(temporary / name, array, per_slice=name in _PER_SLICE)
             done = {
                 "fingerprint": fingerprint,
                 "shapes": {name: list(array.shape) for name, array in arrays.items()},
-                "metadata": {name: _metadata_digest(temporary / name) for name in arrays},
+                "metadata": {name: slice_files.metadata_digest(temporary / name) for name in arrays},
             }
             files.write_atomically(temporary / "done.json", files.seal(done))
             shutil.rmtree(folder, ignore_errors=True)
@@ -196,35 +189,24 @@ class FeatureCache:
         """
         opened = self._open(case_id, view)
         chosen = index if isinstance(index, int | slice) else np.asarray(index, np.int64)
-        try:
-            reading = {name: store[chosen].read() for name, store in opened.stores.items()}
-            large = {name: read.result() for name, read in reading.items()}
-        except ValueError as error:
-            raise self._damaged(case_id, view, error) from error
+        with self._damage(case_id, view):
+            large = {name: file.read(chosen) for name, file in opened.files.items()}
         return _cached(large, {name: array[chosen] for name, array in opened.arrays.items()})
 
     def read_case(self, case_id: str, view: str) -> CachedSlices:
         """Read a whole view; errors as in ``read_slices``."""
         opened = self._open(case_id, view)
-        large = {name: np.empty(store.shape, store.dtype.numpy_dtype) for name, store in opened.stores.items()}
-        for first, name, part in self._parts(case_id, view, opened):
-            large[name][first : first + len(part)] = part
+        with self._damage(case_id, view):
+            large = {name: file.read_all() for name, file in opened.files.items()}
         return _cached(large, opened.arrays)
 
     def verify(self, case_id: str, view: str) -> None:
-        """Read every byte of a view; errors as in ``read_slices``."""
-        for _ in self._parts(case_id, view, self._open(case_id, view)):
-            pass
-
-    def _parts(self, case_id: str, view: str, opened: "_View") -> Iterator[tuple[int, str, np.ndarray]]:
-        """The large arrays in parts: first slice, name, slices."""
-        try:
-            for name, store in opened.stores.items():
-                count = store.shape[0]
-                for first in range(0, count, READ_AT_ONCE):
-                    yield first, name, store[first : min(first + READ_AT_ONCE, count)].read().result()
-        except ValueError as error:
-            raise self._damaged(case_id, view, error) from error
+        """Check every byte of a view, also what was read before; errors as in ``read_slices``."""
+        self._opened.pop((case_id, view), None)
+        opened = self._open(case_id, view)
+        with self._damage(case_id, view):
+            for file in opened.files.values():
+                file.check()
 
     def _folder(self, case_id: str, view: str) -> Path:
         if case_id in ("", ".", "..") or case_id.startswith(".") or "/" in case_id or "\\" in case_id:
@@ -233,39 +215,40 @@ class FeatureCache:
 
     def _done(self, case_id: str, view: str) -> dict[str, Any]:
         path = self._folder(case_id, view) / "done.json"
-        try:
-            return files.unseal(path.read_bytes())
-        except FileNotFoundError as error:
+        if not path.exists():
             raise InputError(
                 f"Case {case_id!r} has no {view} in the feature cache {self.root}; run the training command "
                 "again: it computes what is missing before it trains."
-            ) from error
-        except (OSError, ValueError) as error:
-            raise self._damaged(case_id, view, error) from error
+            )
+        with self._damage(case_id, view):
+            return files.unseal(path.read_bytes())
 
     def _open(self, case_id: str, view: str) -> _View:
         if (case_id, view) not in self._opened:
             folder = self._folder(case_id, view)
             done = self._done(case_id, view)
-            stores, arrays = {}, {}
-            for name, shape in done["shapes"].items():
-                try:
-                    if _metadata_digest(folder / name) != done["metadata"][name]:
+            opened = _View({}, {})
+            with self._damage(case_id, view):
+                for name, shape in done["shapes"].items():
+                    if slice_files.metadata_digest(folder / name) != done["metadata"][name]:
                         raise ValueError(f"the zarr.json of {name} is not what was written")
-                    store = tensorstore.open(_spec(folder / name), open=True, read=True, context=_CONTEXT).result()
-                    if list(store.shape) != shape:
-                        raise ValueError(f"{name} has shape {list(store.shape)}, done.json says {shape}")
                     if name in _PER_SLICE:
-                        stores[name] = store
+                        opened.files[name] = slice_files.SliceFile(folder / name, shape)
                     else:
-                        arrays[name] = store.read().result()
-                except (OSError, ValueError) as error:
-                    raise self._damaged(case_id, view, error) from error
-            self._opened[case_id, view] = _View(stores, arrays)
+                        opened.arrays[name] = slice_files.read(folder / name, shape)
+            self._opened[case_id, view] = opened
         return self._opened[case_id, view]
 
-    def _damaged(self, case_id: str, view: str, error: Exception) -> InputError:
-        """Set the view aside; the error to raise."""
+    @contextlib.contextmanager
+    def _damage(self, case_id: str, view: str) -> Iterator[None]:
+        """Inside it, what cannot be read sets the view aside and raises an InputError that says so."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise self._set_aside(case_id, view, error) from error
+
+    def _set_aside(self, case_id: str, view: str, error: Exception) -> InputError:
+        """The error to raise."""
         folder = self._folder(case_id, view)
         self._opened.pop((case_id, view), None)
         what = f"The cached features of case {case_id!r}, {view} are damaged ({str(error).splitlines()[0][:300]})"
@@ -300,43 +283,6 @@ def _cached(large: Mapping[str, np.ndarray], small: Mapping[str, np.ndarray]) ->
 def size_bytes(slices: int, feature_shape: Sequence[int]) -> int:
     """Bytes on disk of the bfloat16 features of ``slices`` slices, each ``feature_shape`` (h, w, C)."""
     return slices * int(np.prod(feature_shape)) * BFLOAT16.itemsize
-
-
-def _spec(folder: Path) -> dict[str, Any]:
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder}/"},
-        "fill_missing_data_reads": False,
-        # A file of the cache is never changed, only replaced together with its folder.
-        "recheck_cached_data": "open",
-    }
-
-
-def _write_array(folder: Path, array: np.ndarray, *, per_slice: bool) -> None:
-    """One file; ``per_slice``: an inner chunk for each position of the first axis, else one for all."""
-    whole = [max(1, size) for size in array.shape]
-    inner = [1, *whole[1:]] if per_slice else whole
-    as_bytes = {"name": "bytes"} | ({"configuration": {"endian": "little"}} if array.dtype.itemsize > 1 else {})
-    checksum = {"name": "crc32c"}
-    sharding = {
-        "chunk_shape": inner,
-        "codecs": [as_bytes, checksum],
-        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, checksum],
-        "index_location": "end",
-    }
-    metadata = {
-        "shape": list(array.shape),
-        "data_type": array.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": whole}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
-    # A slice of zeros must leave a chunk, or it could not be told from a missing one.
-    spec = {**_spec(folder), "metadata": metadata, "store_data_equal_to_fill_value": True}
-    tensorstore.open(spec, create=True, context=_CONTEXT).result().write(array).result()
-
-
-def _metadata_digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "zarr.json").read_bytes()).hexdigest()
 
 
 def _read(path: Path, decode: Callable[[bytes], Any]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ ALLOWED = {
     "locks": set(),
     "uncertainty": {"losses", "metrics"},
     "memory": set(),
-    "features": set(),
+    "slice_files": set(),
+    "features": {"slice_files"},
     "data": {"features"},  # the pipeline reads the cache
     "training": {"losses", "sharding", "features", "locks", "data"},
     "evaluation": {"metrics", "calibrators", "features", "data"},

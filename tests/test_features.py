@@ -121,6 +121,29 @@ def test_damage_is_detected_and_set_aside(cache, damage, read):
     assert not aside(cache, "a", "view1").exists()
 
 
+def test_what_was_checked_is_copied_and_verify_checks_it_again(cache):
+    cache.write("a", "view0", **content(), fingerprint="f")
+    checked = [cache.read_slices("a", "view0", 1), cache.read_case("a", "view0")]
+    path = file_of(cache, "a", "view0")
+    data = bytearray(path.read_bytes())
+    data[17] ^= 4
+    path.write_bytes(data)
+    copied = cache.read_slices("a", "view0", np.array([1, 2])), cache.read_case("a", "view0")
+    np.testing.assert_array_equal(copied[0].features[0], checked[0].features)
+    np.testing.assert_array_equal(copied[1].features[1:], checked[1].features[1:])
+    np.testing.assert_array_equal(copied[1].labels, checked[1].labels)
+    copied[1].features[:] = 0  # the caller's own
+    with pytest.raises(InputError, match="'a', view0 are damaged"):
+        cache.verify("a", "view0")
+
+
+def test_a_file_of_another_layout_is_not_copied_from(cache, monkeypatch):
+    cache.write("a", "view0", **content(), fingerprint="f")
+    monkeypatch.setattr(features.slice_files.SliceFile, "_copy", lambda file, index: np.zeros(1))
+    with pytest.raises(InputError, match="not laid out as it was written"):
+        cache.read_slices("a", "view0", 1)
+
+
 def test_damage_that_cannot_be_set_aside(cache, monkeypatch):
     """A cache that belongs to somebody else."""
     cache.write("a", "view0", **content(), fingerprint="f")
@@ -194,7 +217,7 @@ def test_failed_write_leaves_the_old_view(cache, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features, "_write_array", full)
+    monkeypatch.setattr(features.slice_files, "write", full)
     with pytest.raises(InputError, match="'a', view0 cannot be written .*No space left"):
         cache.write("a", "view0", **content(seed=1), fingerprint="new")
     assert cache.has("a", "view0", "old")
@@ -207,7 +230,7 @@ def test_ctrl_c_leaves_nothing_hidden(cache, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(features, "_write_array", interrupted)
+    monkeypatch.setattr(features.slice_files, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cache.write("a", "view0", **content(seed=1), fingerprint="new")
     assert cache.has("a", "view0", "old")

@@ -251,7 +251,7 @@ def test_a_full_disk_stops_the_run_before_the_next_batch(tmp_path, cases, mesh, 
             super().submit(*arguments, **options)
             self._running.add_done_callback(lambda _: failed.set())
 
-    monkeypatch.setattr(features, "_write_array", full)
+    monkeypatch.setattr(features.slice_files, "write", full)
     monkeypatch.setattr(caching, "_Writer", Writer)
     calls = at_encoder_calls(monkeypatch, lambda: None, lambda: None, third)
     with pytest.raises(InputError, match="'a', view0 cannot be written .*No space left"):
@@ -263,7 +263,7 @@ def test_a_full_disk_stops_the_run_before_the_next_batch(tmp_path, cases, mesh, 
 def test_ctrl_c_keeps_what_is_whole_and_leaves_no_parts(tmp_path, cases, mesh, monkeypatch):
     cache = features.FeatureCache.open(tmp_path / "cache", {})
     writing, interrupted = threading.Event(), threading.Event()
-    original = features._write_array
+    original = features.slice_files.write
 
     def slow(*arguments, **options):
         writing.set()
@@ -275,7 +275,7 @@ def test_ctrl_c_keeps_what_is_whole_and_leaves_no_parts(tmp_path, cases, mesh, m
         interrupted.set()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(features, "_write_array", slow)
+    monkeypatch.setattr(features.slice_files, "write", slow)
     at_encoder_calls(monkeypatch, lambda: None, interrupt)
     with pytest.raises(KeyboardInterrupt):
         fill(cache, cases, Preparation(), mesh, batch_size=3)
