@@ -23,9 +23,10 @@ ALLOWED = {
     "locks": set(),
     "uncertainty": {"losses", "metrics"},
     "memory": set(),
-    "features": set(),
+    "slice_files": set(),
+    "features": {"slice_files"},
     "data": {"features"},  # the pipeline reads the cache
-    "training": {"losses", "sharding", "features", "data"},
+    "training": {"losses", "sharding", "features", "locks", "data"},
     "evaluation": {"metrics", "calibrators", "features", "data"},
 }
 # Third-party packages that only some files may touch; a path prefix, relative to the project.

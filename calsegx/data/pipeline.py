@@ -137,7 +137,8 @@ def training_data(
 
     slices = batch_size // each
     order = grain.MapDataset.source(source).seed(seed).shuffle().random_map(choose).repeat()
-    batches = order.batch(slices, batch_fn=_flatten).map(lambda places: own_rows(places, share))
+    # Nothing remains of an endless dataset, but grain would count it in floating point and fail at batches of one.
+    batches = order.batch(slices, drop_remainder=True, batch_fn=_flatten).map(lambda places: own_rows(places, share))
     return TrainingData(batches, read, len(source) // slices)
 
 

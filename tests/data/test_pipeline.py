@@ -202,3 +202,7 @@ def test_evaluation_batches(cache):
     for (batch, count), *parts in zip(batches, *shares, strict=True):
         np.testing.assert_array_equal(names([part for part, _ in parts]), names([batch]))
         assert [of_whole for _, of_whole in parts] == [count, count]
+
+
+def test_batches_of_one_slice(cache):
+    assert [len(batch.features) for batch in take(stream(cache, batch_size=1), 3)] == [1, 1, 1]
