@@ -1,7 +1,9 @@
 """From a configuration to objects: the only place where names (of a dataset, backbone, loss) become things."""
 
+import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,8 @@ from jax.sharding import Mesh
 
 from calsegx import configs, losses, models, sharding
 from calsegx.data import cases as case_tools
-from calsegx.data import classes, intensity, preprocessing, prompts
+from calsegx.data import classes, intensity, nifti, preprocessing
+from calsegx.data import clicks as click_tools
 from calsegx.data import online as online_data
 from calsegx.features import FeatureCache
 from calsegx.interfaces import Backbone, Case, DataError, Dataset, UsageError
@@ -26,6 +29,7 @@ FRAME_SETTINGS = (
     *("slice_axis", "resample", "adjacent_slices"),
 )
 AUGMENTATION_SETTINGS = ("rotation_degrees", "intensity_fraction", "gamma", "noise", "low_resolution")
+ANISOTROPIC = 2.0  # ratio of voxel sides from which the slice axis is a question
 VIEW_SEED = 2024  # of the augmented views: the same for all training seeds, so that they share one cache
 
 
@@ -43,7 +47,7 @@ class Components:
         self,
         case: Case,
         rng: np.random.Generator | None = None,
-        clicks: Mapping[str, prompts.Clicks] | None = None,
+        clicks: Mapping[str, click_tools.Clicks] | None = None,
         count: int | None = None,
     ) -> preprocessing.PreparedCase:
         """``preprocessing.prepare_case`` with this configuration: one path for caching, evaluation and prediction."""
@@ -94,6 +98,29 @@ def build(config: configs.TrainConfig, class_map: classes.ClassMap | None = None
     num_classes = len(class_map.names)
     objective(config, num_classes)
     return Components(config, dataset, class_map, channels, load_backbone(weights, num_classes))
+
+
+def note_coarse_axis(components: Components, cases: Sequence[Case]) -> None:
+    """Say on stderr where another slice axis is clearly the coarser one, from headers alone.
+
+    A file without a readable header is passed over here; it is refused by name when it is encoded.
+    """
+    asked, found = components.config.data.slice_axis, []
+    for case in cases:
+        with contextlib.suppress(DataError):
+            distances = nifti.slice_distances(case.images[components.channels[0]])
+            coarsest = max(distances, key=distances.__getitem__)
+            if distances[coarsest] >= ANISOTROPIC * distances[asked]:
+                found.append((case.case_id, distances, coarsest))
+    if found:
+        case_id, distances, coarsest = found[0]
+        spacing = ", ".join(f"{axis} {distance:.3g} mm" for axis, distance in distances.items())
+        print(
+            f"note: in {len(found)} of {len(cases)} training cases voxels are at least {ANISOTROPIC:g} times as long "
+            f"along another axis as from one {asked} slice to the next (case {case_id!r}: {spacing}), so slices are "
+            f"seen in coarse pixels; --config.data.slice_axis={coarsest} takes them as they were measured",
+            file=sys.stderr,
+        )
 
 
 def feature_cache(components: Components, workdir: Path) -> FeatureCache:

@@ -47,6 +47,8 @@ def train(
     sharding.check_batch_size(mesh, config.batch_size)
 
     first = jax.process_index() == 0
+    if first:
+        components.note_coarse_axis(parts, train_cases)
     with locks.exclusive(workdir) if first else contextlib.nullcontext(), interruption.Stop() as stop:
         checkpoints.check_start(workdir / "checkpoints", resume)  # before hours of encoding
         cache = components.feature_cache(parts, workdir)

@@ -234,6 +234,7 @@ def write_summary(
     source: str,
     targets: Sequence[str],
     paths: Mapping[str, tuple[str, str]] | None = None,
+    prompt_jitter: Sequence[Any] = (),
 ) -> None:
     """``summary.json``: nnU-Net's keys for one method, and everything else under ``calsegx``.
 
@@ -248,6 +249,7 @@ def write_summary(
         source: the source domain.
         targets: the target domains.
         paths: case id -> (prediction file, reference file); null where not given.
+        prompt_jitter: ``robustness.Line``s, under ``calsegx``; empty: not asked for, and left out.
     """
     labels = {name: str(index) for index, name in enumerate(class_names, start=1)}
     cases: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
@@ -277,6 +279,7 @@ def write_summary(
             "method": method,
             "summary": [dataclasses.asdict(summary) for summary in evaluate.summarise(rows)],
             "gaps": [dataclasses.asdict(gap) for gap in gaps],
+            **({"prompt_jitter": [dataclasses.asdict(line) for line in prompt_jitter]} if prompt_jitter else {}),
         },
     }
     files.write_atomically(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from calsegx import configs, files, sharding
 from calsegx import features as feature_cache
 from calsegx.data import online as online_data
-from calsegx.data import pipeline
+from calsegx.data import pipeline, prompts
 from calsegx.interfaces import Backbone, Batch, InputError, UsageError
 from calsegx.losses import augmented_lagrangian, fisher
 from calsegx.training import cache_jobs, checkpoints, checks, interruption, metrics_log, model_folder, progress
@@ -106,6 +106,7 @@ def train(
         # ------------------------------------------------------------------------------------------ data
         sharding.check_batch_size(mesh, config.batch_size)
         views, share = cache_jobs.view_names(config.data.views), sharding.process()
+        jitter = functools.partial(prompts.jitter, amount=config.prompt_jitter, size=backbone.image_size)
         data = online or pipeline.training_data(
             cache,
             train_case_ids,
@@ -115,6 +116,7 @@ def train(
             config.protocol,
             share=share,
             paired=getattr(objective.task, "paired", False),
+            jitter=jitter if config.prompt_jitter else None,
         )
         validation = pipeline.evaluation_batches(
             cache, val_case_ids, config.batch_size, config.protocol, VALIDATION_BATCHES, share

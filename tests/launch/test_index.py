@@ -15,6 +15,7 @@ from calsegx.data import index, layouts
 from calsegx.interfaces import DataError, UsageError
 from launch import index as launch_index
 from launch import train
+from launch import verify as launch_verify
 from tests.data.layouts import fake, trees
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -185,5 +186,6 @@ def test_training_needs_the_folder_alone(tmp_path, name, small_sam):
         data=configs.DataConfig(root=str(root), val_fraction=0.3, test_fraction=0.3, views=1),
         model=configs.ModelConfig(weights=str(small_sam)),
     )
+    assert launch_verify.verify_dataset(root, on_error="skip").examined
     summary = train.train(config, tmp_path / "run")
     assert summary["steps"] == 1 and np.isfinite(summary["validation_loss"])

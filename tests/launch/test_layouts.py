@@ -9,7 +9,7 @@ from PIL import Image
 
 from calsegx.data import images, layouts
 from launch import index, predict, train, verify
-from tests.data.layouts import fake, trees
+from tests.data.layouts import trees
 
 THREE = ("s1", "s2", "s3")
 TREES = {
@@ -18,11 +18,6 @@ TREES = {
     "decathlon": lambda root: trees.decathlon(root, THREE, tests=()),
     "prostate": trees.prostate,
     "images_2d": lambda root: trees.pictures(root, count=5),
-    "brats (2019)": fake.brats_2019,
-    "brats (2023)": fake.brats_2023,
-    "atlas": fake.atlas,
-    "ibsr": fake.ibsr,
-    "bids": fake.bids,
 }
 
 QUICK = ("decathlon", "images_2d")  # volumes of a file, and no NIfTI

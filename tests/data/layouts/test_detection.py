@@ -28,7 +28,7 @@ def test_one_reader_knows_each_tree(tmp_path, tree):
 @pytest.mark.parametrize("name", sorted({tree.split()[0] for tree in TREES}))
 def test_every_layout_says_what_it_looks_for(tmp_path, name):
     trees.touch(tmp_path / "scan.nii.gz")
-    with pytest.raises(DataError, match=rf"no known layout; .*; {name} \((A|Folders) .*; write a cases.tsv"):
+    with pytest.raises(DataError, match=rf"no known layout; .*; {name} \(.{{20,}}\)"):
         layouts.detect(tmp_path)
 
 
