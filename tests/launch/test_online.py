@@ -22,9 +22,11 @@ from launch import components, train
 
 
 @pytest.fixture(scope="module")
-def made(config):
+def made(config, tmp_path_factory):
     """Two volumes of two slices a step, every augmentation."""
-    data = dataclasses.replace(config.data, online=True, slices_per_volume=2, gamma=0.2, noise=0.02, low_resolution=2.0)
+    cache = str(tmp_path_factory.mktemp("validation"))  # not the other tests': the augmentation differs
+    strong = {"gamma": 0.2, "noise": 0.02, "low_resolution": 2.0}
+    data = dataclasses.replace(config.data, online=True, slices_per_volume=2, cache=cache, **strong)
     return dataclasses.replace(config, data=data)
 
 
@@ -42,8 +44,7 @@ def cases(parts):
 def whole(made, tmp_path_factory):
     """An uninterrupted run."""
     workdir = tmp_path_factory.mktemp("online")
-    own = dataclasses.replace(made, data=dataclasses.replace(made.data, cache=str(workdir / "features")))
-    return workdir, train.train(own, workdir)
+    return workdir, train.train(made, workdir)
 
 
 def weights(workdir):
@@ -79,7 +80,7 @@ def test_trains_without_caching_training_cases(whole, made, cases):
     seen = json.loads((workdir / "model" / "model.json").read_text())["seen"]
     assert [entry["case_id"] for entry in seen["train"]] == [case.case_id for case in cases]
     assert all(len(entry["fingerprint"]) == 64 for entry in seen["train"])
-    assert len(list(workdir.glob("features/*/*/done.json"))) == 1  # the validation case
+    assert len(list(pathlib.Path(made.data.cache).glob("*/*/done.json"))) == 1  # the validation case
 
 
 def test_batches_are_those_of_the_cached_path(data, parts, cases):
