@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from calsegx import configs, losses, models, sharding
 from calsegx.data import cases as case_tools
-from calsegx.data import classes, intensity, nifti, preprocessing
+from calsegx.data import classes, intensity, nifti, preprocessing, prompts
 from calsegx.data import clicks as click_tools
 from calsegx.data import online as online_data
 from calsegx.features import FeatureCache
@@ -273,6 +273,7 @@ def train_online(
         components.backbone,
         len(class_map.names),
         encoder_mesh(config),
+        prompts.jitter_of(config.prompt_jitter, components.backbone.image_size),
     )
     return data, fingerprints
 

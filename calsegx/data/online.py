@@ -143,10 +143,8 @@ def order(
         return Draw(case_id, int(rng.integers(2**63)))
 
     cases = grain.MapDataset.source(list(case_ids)).seed(seed).shuffle().random_map(draw).repeat()
-    batches = cases.batch(volumes, drop_remainder=True, batch_fn=list).map(
-        lambda draws: pipeline.own_rows(draws, share)
-    )
-    return batches, len(case_ids) // volumes
+    batches = cases.batch(volumes, drop_remainder=True, batch_fn=list)
+    return batches.map(lambda draws: pipeline.own_rows(draws, share)), len(case_ids) // volumes
 
 
 def _next(reading: Any) -> list[Slices]:

@@ -1,5 +1,8 @@
 """Prompts placed on reference labels, jittered as a user's would be, and drawn as maps."""
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 from scipy import ndimage
 
@@ -81,6 +84,11 @@ def jitter(
         outwards = np.array([-1, -1, 1, 1]) * rng.uniform(0, amount * size, boxes.shape)
         boxes = np.clip(boxes + outwards, 0, np.tile(limit, 2)).astype(np.float32)
     return prompts._replace(points=points, boxes=boxes)
+
+
+def jitter_of(amount: float, size: int) -> Callable[[Prompts, np.random.Generator], Prompts] | None:
+    """``jitter`` by ``amount`` of a frame of ``size`` pixels; None where the amount is 0."""
+    return functools.partial(jitter, amount=amount, size=size) if amount else None
 
 
 def guided_maps(points: np.ndarray, labels: np.ndarray, shape: tuple[int, int], sigma: float) -> np.ndarray:

@@ -106,7 +106,6 @@ def train(
         # ------------------------------------------------------------------------------------------ data
         sharding.check_batch_size(mesh, config.batch_size)
         views, share = cache_jobs.view_names(config.data.views), sharding.process()
-        jitter = functools.partial(prompts.jitter, amount=config.prompt_jitter, size=backbone.image_size)
         data = online or pipeline.training_data(
             cache,
             train_case_ids,
@@ -116,7 +115,7 @@ def train(
             config.protocol,
             share=share,
             paired=getattr(objective.task, "paired", False),
-            jitter=jitter if config.prompt_jitter else None,
+            jitter=prompts.jitter_of(config.prompt_jitter, backbone.image_size),
         )
         validation = pipeline.evaluation_batches(
             cache, val_case_ids, config.batch_size, config.protocol, VALIDATION_BATCHES, share
