@@ -1,6 +1,5 @@
 """Training without a feature cache: what is checked before, and the frozen encoder in the training process."""
 
-import functools
 import hashlib
 import json
 import os
@@ -13,8 +12,8 @@ from jax.sharding import Mesh
 
 from calsegx import configs, sharding
 from calsegx.data import cases as case_tools
-from calsegx.data import frames, online, preprocessing, prompts
-from calsegx.interfaces import Backbone, Case, DataError
+from calsegx.data import frames, online, preprocessing
+from calsegx.interfaces import Backbone, Case, DataError, Prompts
 from calsegx.training import caching
 from calsegx.training import progress as progress_bar
 
@@ -71,27 +70,27 @@ def training_data(
     backbone: Backbone,
     num_classes: int,
     mesh: Mesh,
+    jitter: Callable[[Prompts, np.random.Generator], Prompts] | None = None,
 ) -> online.OnlineData:
     """What is trained on, in which order.
 
     Args:
-        config: batch size, slices per volume, workers, protocol, jitter of prompts and seed.
+        config: batch size, slices per volume, workers, protocol and seed.
         cases: by id.
         fingerprints: of ``survey``: the cases to draw from.
         prepare: ``(case, rng=, count=) -> PreparedCase``; goes to worker processes, so it must not hold the backbone.
         backbone: whose encoder runs in this process.
         num_classes: without the background.
         mesh: of this process's devices, for the encoder.
+        jitter: moves the prompts of a volume's slices; None: they stay.
 
     Raises:
         UsageError: for a batch that does not fit the cases, processes or devices.
     """
     share, each = sharding.process(), config.data.slices_per_volume
     places, steps_per_epoch = online.order(list(fingerprints), config.batch_size // each, config.seed, share)
-    jitter = functools.partial(prompts.jitter, amount=config.prompt_jitter, size=backbone.image_size)
-    moved = jitter if config.prompt_jitter else None
     read = online.Reader(
-        {case_id: cases[case_id] for case_id in fingerprints}, prepare, config.protocol, num_classes, each, moved
+        {case_id: cases[case_id] for case_id in fingerprints}, prepare, config.protocol, num_classes, each, jitter
     )
     content = json.dumps(list(fingerprints.items())).encode()
     return online.OnlineData(
