@@ -262,8 +262,8 @@ class FeatureCache:
                 "run the same command again."
             )
         return InputError(
-            f"{what}; they were moved to {_aside(folder)}: run the same command again, which computes this view anew "
-            "and keeps the others."
+            f"{what}; they were moved to {_aside(folder)}: run the same command again (with --resume where a step was "
+            "saved), which computes this view anew and keeps the others."
         )
 
 
