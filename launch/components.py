@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from calsegx import configs, losses, models, sharding
 from calsegx.data import cases as case_tools
-from calsegx.data import classes, intensity, nifti, preprocessing, prompts
+from calsegx.data import classes, images, intensity, preprocessing, prompts
 from calsegx.data import clicks as click_tools
 from calsegx.data import online as online_data
 from calsegx.features import FeatureCache
@@ -108,7 +108,8 @@ def note_coarse_axis(components: Components, cases: Sequence[Case]) -> None:
     asked, found = components.config.data.slice_axis, []
     for case in cases:
         with contextlib.suppress(DataError):
-            distances = nifti.slice_distances(case.images[components.channels[0]])
+            spacing_mm = images.read_grid(case.images[components.channels[0]])[1]
+            distances = dict(zip(configs.SLICE_AXES, spacing_mm, strict=True))  # axial slices, coronal rows, ...
             coarsest = max(distances, key=distances.__getitem__)
             if distances[coarsest] >= ANISOTROPIC * distances[asked]:
                 found.append((case.case_id, distances, coarsest))

@@ -33,6 +33,15 @@ def read_labels(path: Path, slice_axis: str = "axial") -> Volume:
     return nifti.read_labels(path, slice_axis=slice_axis)
 
 
+def read_grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Shape and spacing in mm of a file, without its voxels; see ``nifti.read_grid``.
+
+    Raises:
+        DataError: for a file without a readable header.
+    """
+    return pictures.read_grid(path) if _is_picture(path, "axial") else nifti.read_grid(path)
+
+
 def write(stem_path: Path, array: np.ndarray, like: Volume, dtype: type) -> Path:
     """Write ``array [D, H, W]`` on ``like``'s grid as a file of ``like``'s kind, and return its path.
 

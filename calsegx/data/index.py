@@ -5,20 +5,16 @@ import dataclasses
 import difflib
 import io
 import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
-from nibabel import filebasedimages, orientations
-from PIL import Image
 
 from calsegx import files
-from calsegx.data import cases, images, nifti, pictures, side_table
+from calsegx.data import cases, images, side_table
 from calsegx.data.layouts import table
 from calsegx.interfaces import Case, DataError, Dataset, UsageError
 
@@ -176,7 +172,7 @@ def _contents(dataset: Dataset) -> dict[str, str]:
 
 
 def _measure(case: Case, channel: str, headers_only: bool) -> Measured:
-    shape, spacing = _grid(case.images[channel])
+    shape, spacing = images.read_grid(case.images[channel])
     volumes: dict[int, float] = {}
     if case.label is not None and not headers_only:
         label = images.read_labels(case.label)
@@ -184,24 +180,6 @@ def _measure(case: Case, channel: str, headers_only: bool) -> Measured:
         voxel_ml = float(np.prod(label.spacing_mm)) / _CUBIC_MM
         volumes = {int(value): int(count) * voxel_ml for value, count in zip(ids, counts, strict=True)}
     return Measured(shape, spacing, volumes)
-
-
-def _grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Shape and spacing in working axes, from the header alone."""
-    images.require_file(path)
-    try:
-        if path.suffix.lower() == pictures.ENDING:
-            with Image.open(path) as picture:
-                return (1, picture.height, picture.width), (1.0, 1.0, 1.0)
-        header = nibabel.Nifti1Image.from_filename(path).header
-    except (OSError, ValueError, EOFError, zlib.error, filebasedimages.ImageFileError) as error:
-        raise DataError(f"{path} has no readable header ({error}); copy or export it again.") from error
-    affine = nifti.affine_mm(path, header)
-    target = orientations.axcodes2ornt(nifti.WORKING_AXES["axial"])
-    transform = orientations.ornt_transform(orientations.io_orientation(affine), target)
-    order = np.argsort(transform[:, 0])  # working axis -> file axis
-    shape, spacing = (*header.get_data_shape(), 1)[:3], np.linalg.norm(affine[:3, :3], axis=0)
-    return tuple(shape[axis] for axis in order), tuple(float(spacing[axis]) for axis in order)
 
 
 def _label_lines(dataset: Dataset, measured: Sequence[Measured]) -> list[str]:

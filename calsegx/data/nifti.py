@@ -177,8 +177,8 @@ def require_file(path: Path, role: str = "") -> None:
     )
 
 
-def slice_distances(path: Path) -> dict[str, float]:
-    """Millimetres from slice to slice along each of ``WORKING_AXES``, from the header alone.
+def read_grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Shape and spacing in mm along the axial working axes (slices, rows, columns), from the header alone.
 
     Raises:
         DataError: for a file without a readable header, or without an affine.
@@ -187,12 +187,14 @@ def slice_distances(path: Path) -> dict[str, float]:
     try:
         with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as stream:
             header = _header(path, stream.read(nibabel.Nifti2Header.sizeof_hdr))
-    except (OSError, EOFError, zlib.error) as error:
+        shape = _three_axes(header.get_data_shape())
+    except (EOFError, zlib.error, *_HEADER_ERRORS) as error:
         raise DataError(f"{path} has no readable header ({error}); copy or download it again.") from error
     affine = affine_mm(path, header)
-    body_axes = orientations.io_orientation(affine)[:, 0].astype(int)  # of the file's: 0 left-right, 1, 2 up
-    lengths = dict(zip(body_axes, np.linalg.norm(affine[:3, :3], axis=0), strict=True))
-    return {"axial": float(lengths[2]), "coronal": float(lengths[1]), "sagittal": float(lengths[0])}
+    target = orientations.axcodes2ornt(WORKING_AXES["axial"])
+    order = np.argsort(orientations.ornt_transform(orientations.io_orientation(affine), target)[:, 0])
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return tuple(shape[axis] for axis in order), tuple(float(spacing[axis]) for axis in order)
 
 
 def _header(path: Path, content: bytes) -> nibabel.Nifti1Header:

@@ -42,6 +42,15 @@ def channels(path: Path) -> tuple[str, ...]:
     return COLOURS if _load(path).ndim == 3 else GREY
 
 
+def read_grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Shape ``(1, H, W)`` and spacing in mm.
+
+    Raises:
+        DataError: as ``read``.
+    """
+    return (1, *_load(path).shape[:2]), (1.0, 1.0, 1.0)
+
+
 def read(path: Path, colour: int | None = None) -> Volume:
     """Read a picture as one slice, float32 ``[1, H, W]``, row 0 on top, pixels of 1 mm.
 

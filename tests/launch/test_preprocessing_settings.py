@@ -55,7 +55,7 @@ def test_no_note_without_reason(parts, tmp_path, capsys):
     broken = case_of(tmp_path / "broken.nii", (1.0, 9.0, 1.0))
     broken.images["T1c"].write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"broken.nii is not a NIfTI file"):
-        nifti.slice_distances(broken.images["T1c"])
+        nifti.read_grid(broken.images["T1c"])
     nearly = case_of(tmp_path / "nearly.nii", (1.0, 1.9, 1.0))
     components.note_coarse_axis(parts, [broken, nearly, *parts.select("train")])
     assert capsys.readouterr().err == ""
@@ -63,12 +63,14 @@ def test_no_note_without_reason(parts, tmp_path, capsys):
 
 def test_compressed_headers(tmp_path, dataset):
     path = sorted((dataset / "imagesTr").glob("*.nii.gz"))[0]
-    for axis, distance in nifti.slice_distances(path).items():
+    shape, spacing_mm = nifti.read_grid(path)
+    assert shape == nifti.read(path).voxels.shape
+    for axis, distance in zip(configs.SLICE_AXES, spacing_mm, strict=True):
         assert distance == pytest.approx(nifti.read(path, slice_axis=axis).spacing_mm[0])
     cut = tmp_path / "cut.nii.gz"
     cut.write_bytes(path.read_bytes()[:40])
     with pytest.raises(DataError, match=r"cut.nii.gz has no readable header"):
-        nifti.slice_distances(cut)
+        nifti.read_grid(cut)
 
 
 @pytest.mark.parametrize(
