@@ -26,6 +26,7 @@ ALLOWED = {
     "features": set(),
     "data": {"features"},  # the pipeline reads the cache
     "training": {"losses", "sharding", "features", "data"},
+    "bundle": {"data", "calibrators", "training"},
     "evaluation": {"metrics", "calibrators", "features", "data"},
 }
 # Third-party packages that only some files may touch; a path prefix, relative to the project.

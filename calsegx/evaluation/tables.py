@@ -226,6 +226,18 @@ def write_cases(path: Path, rows: Sequence[evaluate.Row]) -> None:
     files.write_atomically(path, buffer.getvalue())
 
 
+def read_cases(path: Path) -> list[evaluate.Row]:
+    """The rows of a ``cases.csv``."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        lines = list(csv.DictReader(stream))
+    rows = []
+    for line in lines:
+        line["class_name"] = line.pop("class")
+        numbers = {"seed": int(line["seed"]), "value": float(line["value"]), "defined": line["defined"] == "True"}
+        rows.append(evaluate.Row(**{**line, **numbers}))
+    return rows
+
+
 def write_summary(
     path: Path,
     rows: Sequence[evaluate.Row],
@@ -234,6 +246,7 @@ def write_summary(
     source: str,
     targets: Sequence[str],
     paths: Mapping[str, tuple[str, str]] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """``summary.json``: nnU-Net's keys for one method, and everything else under ``calsegx``.
 
@@ -248,6 +261,7 @@ def write_summary(
         source: the source domain.
         targets: the target domains.
         paths: case id -> (prediction file, reference file); null where not given.
+        about: more to say under ``calsegx``.
     """
     labels = {name: str(index) for index, name in enumerate(class_names, start=1)}
     cases: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
@@ -277,6 +291,7 @@ def write_summary(
             "method": method,
             "summary": [dataclasses.asdict(summary) for summary in evaluate.summarise(rows)],
             "gaps": [dataclasses.asdict(gap) for gap in gaps],
+            **(about or {}),
         },
     }
     files.write_atomically(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
