@@ -182,8 +182,8 @@ def _calibration(name: str | None, params: Mapping[str, Any] | None) -> str:
         return "No calibrator is part of the bundle: the probabilities are the decoder's own."
     origin = params["provenance"]
     text = (
-        f"`calibrator.json` holds the calibrator {name}, fitted on {len(origin['cases'])} validation cases, region "
-        f"{origin['region']}; launch.predict applies it unless told --nocalibrate."
+        f"`calibrator.json` holds the calibrator {name}, fitted on the validation cases ({len(origin['cases'])}), "
+        f"region {origin['region']}; launch.predict applies it unless told --nocalibrate."
     )
     if not params["identifiable"]:
         return f"{text} It changes nothing: {params['reason']}."

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 
 import jax
@@ -18,6 +20,8 @@ from calsegx.interfaces import DataError, UsageError
 from calsegx.training import model_folder
 from launch import calibrate, evaluate, export, predict, train
 
+ROOT = pathlib.Path(__file__).parent.parent.parent
+PAGE = (ROOT / "docs" / "bundle.md").read_text()
 WHAT = {"license_name": "apache-2.0", "origin": "random numbers, trained on phantoms"}
 
 
@@ -135,7 +139,7 @@ def test_the_card_says_what_was_measured(run, evaluation, tmp_path):
         row = rf"\| scanner {domain}(?: \(trained on\))? \| own \| 2 \| {100 * mean:.1f} ± \d+\.\d \|"
         assert re.search(row, body), domain
     assert body.count("(trained on)") == 2  # the decoder's own probabilities, and scaled ones
-    assert "fitted on 1 validation cases, region dilated" in body
+    assert "fitted on the validation cases (1), region dilated" in body
 
     card = (export.export(run, tmp_path / "unknown", "Our terms", "ours") / "README.md").read_text()
     assert 'license: other\nlicense_name: "Our terms"' in card and "Not evaluated" in card
@@ -210,3 +214,23 @@ def test_incomplete_or_foreign_input_is_refused(run, evaluation, dataset, config
     refused(UsageError, "is a bundle already", run=made)
     assert jax.tree.all(jax.tree.map(np.array_equal, model_folder.load(made)[0], params))
     assert files.unseal((made / "model.json").read_bytes())["config"]["model"]["weights"] == "encoder"
+
+
+def test_the_page_is_right(run, tmp_path, monkeypatch, capsys):
+    path = export.export(run, tmp_path / "calsam.zip", **WHAT)
+    told = set(re.findall(r"`([\w./]+)`", "".join(re.findall(r"^\| (`.*?) \|", PAGE, re.MULTILINE))))
+    with zipfile.ZipFile(path) as archive:
+        assert {re.sub("/.*", "/", name) for name in archive.namelist()} == told
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(compile(code, "docs/bundle.md", "exec"), {})
+    assert capsys.readouterr().out == "['whole_tumour'] ['T1c', 'T2', 'FLAIR'] 64\n"
+
+
+@pytest.mark.parametrize("script", sorted(set(re.findall(r"-m launch\.(\w+)", PAGE))))
+def test_every_flag_of_the_page_exists(script):
+    lines = re.findall(rf"^python -m launch\.{script}(.*)$", PAGE, re.MULTILINE)
+    command = [sys.executable, "-m", f"launch.{script}", "--helpfull"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    wanted = {flag for line in lines for flag in re.findall(r"--(\w+)", line)}
+    assert wanted and wanted <= set(re.findall(r"^  --(?:\[no\])?(\w+)", listed, re.MULTILINE))
