@@ -34,6 +34,7 @@ bench: $(VENV)/.tests-$(TORCH)
 	$(BIN)/python -m benchmarks.fisher_penalty
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.metrics
+	$(BIN)/python -m benchmarks.data_pipeline
 
 gallery: setup
 	$(BIN)/python docs/gallery.py

@@ -203,6 +203,26 @@ def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
     print("\n".join(table(rows, columns)), flush=True)
 
 
+def write_page(page: Path, marks: tuple[str, str], texts: Sequence[str]) -> None:
+    """Put other tables between the page's marker comments; ``split_page``'s error."""
+    before, after = split_page(page, marks)
+    files.write_atomically(page, "\n\n".join([before + marks[0], *texts, marks[1] + after]))
+
+
+def split_page(page: Path, marks: tuple[str, str]) -> tuple[str, str]:
+    """The page's text before the first and after the second marker comment.
+
+    Raises:
+        InputError: when there is no page, or it does not have both, in their order.
+    """
+    text = page.read_text() if page.is_file() else ""
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (begin and end):
+        raise InputError(f"{page} is no page with the lines {marks[0]!r} and {marks[1]!r}; add them for the tables.")
+    return before, after
+
+
 def _cell(value: Any, form: str) -> str:
     if value is None:
         return "-"

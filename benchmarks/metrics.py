@@ -28,7 +28,6 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from calsegx import files
 from calsegx.interfaces import InputError, UsageError
 
 TABLES = ("surface", "calibration", "losses")
@@ -92,7 +91,7 @@ def run(options: flags.FlagValues) -> list[measure.Row]:
         texts.append("\n".join([title, "", *measure.table(found, COLUMNS | EXTRA[name])]))
         print(f"\n{texts[-1]}\n", flush=True)
     if options.page:
-        write_page(pathlib.Path(options.page), texts)
+        measure.write_page(pathlib.Path(options.page), MARKS, texts)
     if options.json:
         measure.write_json(options.json, rows)
         print(f"The rows are in {options.json}")
@@ -180,26 +179,6 @@ def peaks(volume: Sequence[int]) -> measure.Row:
     return found
 
 
-def write_page(page: pathlib.Path, texts: Sequence[str]) -> None:
-    """Put other tables between the page's marker comments; ``split_page``'s error."""
-    before, after = split_page(page)
-    files.write_atomically(page, "\n\n".join([before + MARKS[0], *texts, MARKS[1] + after]))
-
-
-def split_page(page: pathlib.Path) -> tuple[str, str]:
-    """The page's text before the first and after the second marker comment.
-
-    Raises:
-        InputError: when there is no page, or it does not have both, in their order.
-    """
-    text = page.read_text() if page.is_file() else ""
-    before, begin, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (begin and end):
-        raise InputError(f"{page} is no page with the lines {MARKS[0]!r} and {MARKS[1]!r}; add them for the tables.")
-    return before, after
-
-
 def say(text: str) -> None:
     """A line of progress."""
     print(text, file=sys.stderr, flush=True)
@@ -207,7 +186,7 @@ def say(text: str) -> None:
 
 def _check(options: flags.FlagValues) -> None:
     if options.page:
-        split_page(pathlib.Path(options.page))
+        measure.split_page(pathlib.Path(options.page), MARKS)
     for flag, known in (("tables", TABLES), ("losses", problems.loss_names())):
         unknown = [name for name in getattr(options, flag) if name not in known]
         if unknown:

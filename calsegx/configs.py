@@ -198,6 +198,11 @@ def validate(config: TrainConfig) -> None:
             raise UsageError(f"--config.{name}={_value(config, name)} must be a number greater than 0.")
     for name in ("optimizer.b1", "optimizer.b2", "prompt_jitter"):
         _below_one(config, name)
+    if config.prompt_jitter and config.protocol == "none":
+        raise UsageError(
+            f"--config.prompt_jitter={config.prompt_jitter} needs prompts to move, and --config.protocol=none has "
+            "none; leave one out."
+        )
     if config.data.online and config.batch_size % config.data.slices_per_volume:
         raise UsageError(
             f"--config.batch_size={config.batch_size} must be a multiple of --config.data.slices_per_volume="

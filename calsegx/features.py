@@ -1,35 +1,36 @@
-"""The feature cache: frozen encoder output on disk, one chunk per slice, checked on every read.
+"""The feature cache: frozen encoder output on disk, one file per view with a chunk per slice, checked when it is read.
 
 Layout of a cache folder::
 
     signature.json                     what the features depend on; checked before reuse
-    <case id>/view0/features/...       zarr3, bfloat16 [n, h, w, C], one chunk per slice, crc32c
-    <case id>/view0/labels/...         zarr3, uint8 [n, Hl, Wl], one chunk per slice, crc32c
+    <case id>/view0/features/...       zarr3, bfloat16 [n, h, w, C]
+    <case id>/view0/labels/...         zarr3, uint8 [n, Hl, Wl]
     <case id>/view0/slices/...
     <case id>/view0/<protocol>.{points,labels,boxes}/...
     <case id>/view0/done.json          written last: the case's fingerprint, the arrays' shapes, and the SHA-256
                                        of their zarr.json and of itself
+    <case id>/view0.set-aside          a view that was found damaged, until it was computed anew
+    .claims/<case id>.view0.lock       locked by the process that computes the view
 
-TensorStore detects a flipped byte, a truncated chunk and a missing chunk (``fill_missing_data_reads=False``).
+Every array is one file with a chunk per slice, each with a crc32c (``slice_files``): reading a slice reads no other.
 """
 
-import hashlib
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import tensorstore
 
-from calsegx import configs, files
+from calsegx import configs, files, slice_files
 from calsegx.interfaces import InputError, Prompts
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_PER_SLICE = ("features", "labels")  # one chunk per slice; the small arrays are one chunk each
+_PER_SLICE = ("features", "labels")  # one inner chunk per slice; the small arrays are read as a whole
 _PROMPT_TYPES = {"points": np.float32, "labels": np.int32, "boxes": np.float32}  # array "<protocol>.<field>"
 
 
@@ -43,9 +44,9 @@ class CachedSlices(NamedTuple):
 
 
 class _View(NamedTuple):
-    """An opened view: stores for what is large, arrays for what is small."""
+    """An opened view: files for what is large, arrays for what is small."""
 
-    stores: dict[str, Any]
+    files: dict[str, slice_files.SliceFile]
     arrays: dict[str, np.ndarray]
 
 
@@ -81,12 +82,25 @@ class FeatureCache:
                 "a new folder with --config.data.cache."
             )
         files.write_atomically(path, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
+        _check_signature(root, _read(path, json.loads), wanted)  # another process may have been a moment later
         return cls(root)
 
     def has(self, case_id: str, view: str, fingerprint: str) -> bool:
-        """Whether the view was written completely, and from this ``fingerprint`` of the case's files."""
-        path = self._folder(case_id, view) / "done.json"
-        return path.exists() and _read(path, files.unseal)["fingerprint"] == fingerprint
+        """Whether the view was written completely, and from this ``fingerprint`` of the case's files.
+
+        Raises:
+            InputError: when what says so is damaged; the view is set aside.
+        """
+        return self.holds(case_id, view) and self._done(case_id, view)["fingerprint"] == fingerprint
+
+    def holds(self, case_id: str, view: str) -> bool:
+        """Whether the view was written completely, from whatever files."""
+        return (self._folder(case_id, view) / "done.json").exists()
+
+    def claim_path(self, case_id: str, view: str) -> Path:
+        """The file to lock while the view is computed."""
+        self._folder(case_id, view)
+        return self.root / ".claims" / f"{case_id}.{view}.lock"
 
     def fingerprint(self, case_id: str, view: str) -> str:
         """The fingerprint of the case's files that the view was made from.
@@ -138,16 +152,20 @@ class FeatureCache:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             for name, array in arrays.items():
-                _write_array(temporary / name, array, per_slice=name in _PER_SLICE)
+                slice_files.write(temporary / name, array, per_slice=name in _PER_SLICE)
             done = {
                 "fingerprint": fingerprint,
                 "shapes": {name: list(array.shape) for name, array in arrays.items()},
-                "metadata": {name: _metadata_digest(temporary / name) for name in arrays},
+                "metadata": {name: slice_files.metadata_digest(temporary / name) for name in arrays},
             }
             files.write_atomically(temporary / "done.json", files.seal(done))
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                if not self.has(case_id, view, fingerprint):  # else a process without a claim was faster
+                    raise
+            shutil.rmtree(_aside(folder), ignore_errors=True)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"The features of case {case_id!r}, {view} cannot be written to {self.root} ({error}); free "
@@ -166,27 +184,29 @@ class FeatureCache:
         """Read the slices at ``index``: positions 0..n-1 in the view; an integer drops the slice axis.
 
         Raises:
-            InputError: when the view is missing, or a chunk is damaged or missing.
+            InputError: when the view is missing, or what is read of it is damaged or missing: it is then set aside, so
+                that filling the cache computes it anew.
         """
         opened = self._open(case_id, view)
         chosen = index if isinstance(index, int | slice) else np.asarray(index, np.int64)
-        large = {}
-        for name, store in opened.stores.items():
-            try:
-                large[name] = store[chosen].read().result()
-            except ValueError as error:
-                raise self._damaged(case_id, view, error) from error
-        small = {name: array[chosen] for name, array in opened.arrays.items()}
-        prompts: dict[str, dict[str, np.ndarray]] = {}
-        for name in small.keys() - {"slices"}:
-            protocol, _, field = name.partition(".")
-            prompts.setdefault(protocol, {})[field] = small[name]
-        by_protocol = {protocol: Prompts(**fields) for protocol, fields in prompts.items()}
-        return CachedSlices(large["features"], large.get("labels"), small["slices"], by_protocol)
+        with self._damage(case_id, view):
+            large = {name: file.read(chosen) for name, file in opened.files.items()}
+        return _cached(large, {name: array[chosen] for name, array in opened.arrays.items()})
 
     def read_case(self, case_id: str, view: str) -> CachedSlices:
         """Read a whole view; errors as in ``read_slices``."""
-        return self.read_slices(case_id, view, slice(None))
+        opened = self._open(case_id, view)
+        with self._damage(case_id, view):
+            large = {name: file.read_all() for name, file in opened.files.items()}
+        return _cached(large, opened.arrays)
+
+    def verify(self, case_id: str, view: str) -> None:
+        """Check every byte of a view, also what was read before; errors as in ``read_slices``."""
+        self._opened.pop((case_id, view), None)
+        opened = self._open(case_id, view)
+        with self._damage(case_id, view):
+            for file in opened.files.values():
+                file.check()
 
     def _folder(self, case_id: str, view: str) -> Path:
         if case_id in ("", ".", "..") or case_id.startswith(".") or "/" in case_id or "\\" in case_id:
@@ -200,68 +220,69 @@ class FeatureCache:
                 f"Case {case_id!r} has no {view} in the feature cache {self.root}; run the training command "
                 "again: it computes what is missing before it trains."
             )
-        return _read(path, files.unseal)
+        with self._damage(case_id, view):
+            return files.unseal(path.read_bytes())
 
     def _open(self, case_id: str, view: str) -> _View:
         if (case_id, view) not in self._opened:
             folder = self._folder(case_id, view)
             done = self._done(case_id, view)
-            stores, arrays = {}, {}
-            for name, shape in done["shapes"].items():
-                try:
-                    if _metadata_digest(folder / name) != done["metadata"][name]:
+            opened = _View({}, {})
+            with self._damage(case_id, view):
+                for name, shape in done["shapes"].items():
+                    if slice_files.metadata_digest(folder / name) != done["metadata"][name]:
                         raise ValueError(f"the zarr.json of {name} is not what was written")
-                    store = tensorstore.open(_spec(folder / name), open=True, read=True).result()
-                    if list(store.shape) != shape:
-                        raise ValueError(f"{name} has shape {list(store.shape)}, done.json says {shape}")
                     if name in _PER_SLICE:
-                        stores[name] = store
+                        opened.files[name] = slice_files.SliceFile(folder / name, shape)
                     else:
-                        arrays[name] = store.read().result()
-                except (OSError, ValueError) as error:
-                    raise self._damaged(case_id, view, error) from error
-            self._opened[case_id, view] = _View(stores, arrays)
+                        opened.arrays[name] = slice_files.read(folder / name, shape)
+            self._opened[case_id, view] = opened
         return self._opened[case_id, view]
 
-    def _damaged(self, case_id: str, view: str, error: Exception) -> InputError:
+    @contextlib.contextmanager
+    def _damage(self, case_id: str, view: str) -> Iterator[None]:
+        """Inside it, what cannot be read sets the view aside and raises an InputError that says so."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise self._set_aside(case_id, view, error) from error
+
+    def _set_aside(self, case_id: str, view: str, error: Exception) -> InputError:
+        """The error to raise."""
+        folder = self._folder(case_id, view)
+        self._opened.pop((case_id, view), None)
+        what = f"The cached features of case {case_id!r}, {view} are damaged ({str(error).splitlines()[0][:300]})"
+        try:
+            shutil.rmtree(_aside(folder), ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another process has found the same
+                folder.rename(_aside(folder))
+        except OSError as refused:
+            return InputError(
+                f"{what}, and {folder} cannot be moved out of the way ({refused.strerror}); delete that folder, then "
+                "run the same command again."
+            )
         return InputError(
-            f"The cached features of case {case_id!r}, {view} are damaged ({error}); delete the folder "
-            f"{self._folder(case_id, view)} and compute them again."
+            f"{what}; they were moved to {_aside(folder)}: run the same command again (with --resume where a step was "
+            "saved), which computes this view anew and keeps the others."
         )
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.set-aside")
+
+
+def _cached(large: Mapping[str, np.ndarray], small: Mapping[str, np.ndarray]) -> CachedSlices:
+    prompts: dict[str, dict[str, np.ndarray]] = {}
+    for name in small.keys() - {"slices"}:
+        protocol, _, field = name.partition(".")
+        prompts.setdefault(protocol, {})[field] = small[name]
+    by_protocol = {protocol: Prompts(**fields) for protocol, fields in prompts.items()}
+    return CachedSlices(large["features"], large.get("labels"), small["slices"], by_protocol)
 
 
 def size_bytes(slices: int, feature_shape: Sequence[int]) -> int:
     """Bytes on disk of the bfloat16 features of ``slices`` slices, each ``feature_shape`` (h, w, C)."""
     return slices * int(np.prod(feature_shape)) * BFLOAT16.itemsize
-
-
-def _spec(folder: Path) -> dict[str, Any]:
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder}/"},
-        "fill_missing_data_reads": False,
-    }
-
-
-def _write_array(folder: Path, array: np.ndarray, *, per_slice: bool) -> None:
-    chunk = [max(1, size) for size in array.shape]
-    if per_slice:
-        chunk[0] = 1
-    metadata = {
-        "shape": list(array.shape),
-        "data_type": array.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-    }
-    if array.dtype.itemsize == 1:
-        metadata["codecs"][0].pop("configuration")
-    # A slice of zeros must leave a chunk, or it could not be told from a missing one.
-    spec = {**_spec(folder), "metadata": metadata, "store_data_equal_to_fill_value": True}
-    tensorstore.open(spec, create=True).result().write(array).result()
-
-
-def _metadata_digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "zarr.json").read_bytes()).hexdigest()
 
 
 def _read(path: Path, decode: Callable[[bytes], Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""One process at a time in a folder, or at a piece of work."""
 
 import contextlib
 import json
@@ -38,6 +38,20 @@ def exclusive(folder: Path) -> Iterator[None]:
             f"{folder} is in use by another process{_holder(folder / _HOLDER)}; wait until it has ended or stop it, or "
             "name another folder."
         ) from error
+
+
+def claim(path: Path) -> filelock.BaseFileLock | None:
+    """Lock a file, which is created, without waiting: the lock, for any thread to release, or None if it is taken.
+
+    The system frees it when the process ends, however it ends; the file stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, blocking=False, thread_local=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        return None
+    return lock
 
 
 def _holder(path: Path) -> str:

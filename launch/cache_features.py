@@ -3,7 +3,8 @@
 python -m launch.cache_features --config.data.root=DATASET --config.data.source=A --workdir=runs/x
 
 ``launch.train`` does the same by itself for what is missing; this script is for doing it ahead, on another machine, or
-for several runs that share ``--config.data.cache``.
+for several runs that share ``--config.data.cache``.  What is there already is read whole: a damaged view is named and
+computed anew.  Several of these commands, on one machine or on many that share the folder, fill one cache together.
 """
 
 from pathlib import Path
@@ -24,6 +25,7 @@ def cache_features(config: configs.TrainConfig, workdir: Path) -> Path:
         parts.select(split)  # every complaint comes before the first encoded slice
     cache = components.feature_cache(parts, workdir)
     with interruption.Stop() as stop:
+        components.verify_cache(parts, cache, splits, stop)
         components.fill_cache(parts, cache, splits, stop)
     return cache.root
 

@@ -1,7 +1,10 @@
 """From a configuration to objects: the only place where names (of a dataset, backbone, loss) become things."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,13 @@ from jax.sharding import Mesh
 
 from calsegx import configs, losses, models, sharding
 from calsegx.data import cases as case_tools
-from calsegx.data import classes, intensity, preprocessing, prompts
+from calsegx.data import classes, intensity, nifti, preprocessing, prompts
+from calsegx.data import clicks as click_tools
+from calsegx.data import online as online_data
 from calsegx.features import FeatureCache
 from calsegx.interfaces import Backbone, Case, DataError, Dataset, UsageError
 from calsegx.losses import expression
-from calsegx.training import caching, interruption
+from calsegx.training import cache_jobs, caching, interruption, online
 from calsegx.training import step as train_step
 
 FRAME_SETTINGS = (
@@ -24,6 +29,7 @@ FRAME_SETTINGS = (
     *("slice_axis", "resample", "adjacent_slices"),
 )
 AUGMENTATION_SETTINGS = ("rotation_degrees", "intensity_fraction", "gamma", "noise", "low_resolution")
+ANISOTROPIC = 2.0  # ratio of voxel sides from which the slice axis is a question
 VIEW_SEED = 2024  # of the augmented views: the same for all training seeds, so that they share one cache
 
 
@@ -41,22 +47,23 @@ class Components:
         self,
         case: Case,
         rng: np.random.Generator | None = None,
-        clicks: Mapping[str, prompts.Clicks] | None = None,
+        clicks: Mapping[str, click_tools.Clicks] | None = None,
         count: int | None = None,
     ) -> preprocessing.PreparedCase:
         """``preprocessing.prepare_case`` with this configuration: one path for caching, evaluation and prediction."""
-        b = self.backbone
-        return preprocessing.prepare_case(
-            case,
-            self.channels,
-            self.class_map,
-            self.config.data,
-            self.config.protocol,
-            b.image_size,
-            b.logit_shape,
-            rng,
-            clicks,
-            count,
+        return self.preparation(case, rng=rng, clicks=clicks, count=count)
+
+    @property
+    def preparation(self) -> Callable[..., preprocessing.PreparedCase]:
+        """``prepare`` as a function that other processes can be given: it does not hold the backbone."""
+        return functools.partial(
+            preprocessing.prepare_case,
+            channels=self.channels,
+            class_map=self.class_map,
+            config=self.config.data,
+            protocol=self.config.protocol,
+            image_size=self.backbone.image_size,
+            logit_shape=self.backbone.logit_shape,
         )
 
     def select(self, split: str) -> tuple[Case, ...]:
@@ -91,6 +98,29 @@ def build(config: configs.TrainConfig, class_map: classes.ClassMap | None = None
     num_classes = len(class_map.names)
     objective(config, num_classes)
     return Components(config, dataset, class_map, channels, load_backbone(weights, num_classes))
+
+
+def note_coarse_axis(components: Components, cases: Sequence[Case]) -> None:
+    """Say on stderr where another slice axis is clearly the coarser one, from headers alone.
+
+    A file without a readable header is passed over here; it is refused by name when it is encoded.
+    """
+    asked, found = components.config.data.slice_axis, []
+    for case in cases:
+        with contextlib.suppress(DataError):
+            distances = nifti.slice_distances(case.images[components.channels[0]])
+            coarsest = max(distances, key=distances.__getitem__)
+            if distances[coarsest] >= ANISOTROPIC * distances[asked]:
+                found.append((case.case_id, distances, coarsest))
+    if found:
+        case_id, distances, coarsest = found[0]
+        spacing = ", ".join(f"{axis} {distance:.3g} mm" for axis, distance in distances.items())
+        print(
+            f"note: in {len(found)} of {len(cases)} training cases voxels are at least {ANISOTROPIC:g} times as long "
+            f"along another axis as from one {asked} slice to the next (case {case_id!r}: {spacing}), so slices are "
+            f"seen in coarse pixels; --config.data.slice_axis={coarsest} takes them as they were measured",
+            file=sys.stderr,
+        )
 
 
 def feature_cache(components: Components, workdir: Path) -> FeatureCache:
@@ -129,7 +159,7 @@ def encode(
     With several processes each encodes its share, on its own devices, and all wait for the last.
     """
     process, asked = sharding.process(), stop or interruption.Stop()
-    labelled = [(case, views) for case, views in cases if case.label is not None]
+    share = _share(cases)
     advice = (
         "The device's memory does not hold the encoder and one batch of slices; set --config.model.encoder_batch=1, "
         "--config.model.dtype=bfloat16, or --config.model.shards to the number of devices that should share one encoder"
@@ -137,7 +167,7 @@ def encode(
     with sharding.out_of_memory(lambda: advice):
         caching.fill_cache(
             cache,
-            labelled[process.index :: process.count],
+            share,
             components.prepare,
             components.backbone,
             seed=VIEW_SEED,
@@ -148,6 +178,27 @@ def encode(
             between=lambda: asked.check(f"what was encoded is kept in {cache.root}."),
         )
     sharding.wait_for_all("features encoded")
+
+
+def verify_cache(
+    components: Components, cache: FeatureCache, splits: Mapping[str, int], stop: interruption.Stop
+) -> list[tuple[str, str]]:
+    """Read all that the cache holds of whole splits: what is damaged is said, set aside and returned (case, view)."""
+    process = sharding.process()
+    damaged = cache_jobs.verify(
+        cache,
+        _share([(case, views) for split, views in splits.items() for case in components.select(split)]),
+        progress=process.index == 0,
+        between=lambda: stop.check("nothing was changed but what is said to be damaged."),
+    )
+    sharding.wait_for_all("features verified")
+    return damaged
+
+
+def _share(cases: Sequence[tuple[Case, int]]) -> list[tuple[Case, int]]:
+    """Those with labels that fall to this process."""
+    process = sharding.process()
+    return [(case, views) for case, views in cases if case.label is not None][process.index :: process.count]
 
 
 def encoder_mesh(config: configs.TrainConfig) -> Mesh:
@@ -180,6 +231,8 @@ def objective(config: configs.TrainConfig, num_classes: int) -> train_step.Objec
 
 def _check_paired(config: configs.TrainConfig, text: str) -> None:
     needs = f"--config.loss={text!r} compares two views of every slice"
+    if config.data.online:
+        raise UsageError(f"{needs}, which only a feature cache holds; leave --config.data.online out.")
     if config.data.views < 2 or config.data.rotation_degrees:
         raise UsageError(
             f"{needs} on one grid: set --config.data.views=2 or more and --config.data.rotation_degrees=0, so that the "
@@ -191,13 +244,51 @@ def _check_paired(config: configs.TrainConfig, text: str) -> None:
         raise UsageError(f"{needs}, which --config.fisher.mode=stochastic would take apart; use exact or every_k.")
 
 
-def metadata(components: Components, cache: FeatureCache, seen: Mapping[str, Sequence[Case]]) -> dict[str, Any]:
-    """What a trained model must know beside its configuration: its input, and by split the cases it has ``seen``."""
+def train_online(
+    components: Components, cases: Sequence[Case], stop: interruption.Stop
+) -> tuple[online_data.OnlineData, dict[str, str]]:
+    """What a run without a cache is trained on, and the fingerprints of its cases; reads all of their files once.
+
+    Raises:
+        DataError: for label files that cannot be used, or hold no foreground.
+        UsageError: for a batch that does not fit the cases, processes or devices.
+    """
+    config, class_map = components.config, components.class_map
+
+    def has_slices(case: Case) -> bool:
+        voxels = preprocessing.read_label_volume(case, class_map, config.data.slice_axis).voxels
+        return config.protocol in configs.EVERY_SLICE or bool(voxels.any())
+
+    fingerprints = online.survey(
+        cases,
+        has_slices,
+        progress=sharding.process().index == 0,
+        between=lambda: stop.check("nothing was written yet."),
+    )
+    data = online.training_data(
+        config,
+        {case.case_id: case for case in cases},
+        fingerprints,
+        components.preparation,
+        components.backbone,
+        len(class_map.names),
+        encoder_mesh(config),
+        prompts.jitter_of(config.prompt_jitter, components.backbone.image_size),
+    )
+    return data, fingerprints
+
+
+def metadata(
+    components: Components, fingerprint: Callable[[str], str], seen: Mapping[str, Sequence[Case]]
+) -> dict[str, Any]:
+    """What a trained model must know beside its configuration: its input, and by split the cases it has ``seen``.
+
+    ``fingerprint`` gives that of the files of a case, by its id.
+    """
     return {
         "seen": {
             split: [
-                {"case_id": c.case_id, "subject_id": c.subject_id, "fingerprint": cache.fingerprint(c.case_id, "view0")}
-                for c in cases
+                {"case_id": c.case_id, "subject_id": c.subject_id, "fingerprint": fingerprint(c.case_id)} for c in cases
             ]
             for split, cases in seen.items()
         },

@@ -22,7 +22,7 @@ from absl import flags
 from calsegx import configs, features, sharding
 from calsegx.data import preprocessing
 from calsegx.interfaces import Case, InputError
-from calsegx.training import caching, checkpoints, cost
+from calsegx.training import cache_jobs, checkpoints, cost
 from launch import common, components
 
 PACKAGES = ("calsegx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
@@ -58,7 +58,8 @@ def describe_run(config: configs.TrainConfig, workdir: Path) -> tuple[list[str],
     train, val = parts.select("train"), parts.select("val")
     each = features.size_bytes(1, parts.backbone.feature_shape) + int(np.prod(parts.backbone.logit_shape))
     root = Path(config.data.cache) if config.data.cache else workdir / "features"
-    slices, missing = count_slices(parts, root, [(train, config.data.views), (val, 1)])
+    views = 0 if config.data.online else config.data.views
+    slices, missing = count_slices(parts, root, [(train, views), (val, 1)])
     needed, free = missing * each, shutil.disk_usage(_existing(root)).free
     saved = checkpoints.whole_steps(workdir / "checkpoints")
     if saved:
@@ -100,7 +101,7 @@ def count_slices(
         for case in (case for case in cases if case.label is not None):
             voxels = preprocessing.read_label_volume(case, parts.class_map, parts.config.data.slice_axis).voxels
             count = int(np.any(voxels, axis=(1, 2)).sum())
-            names = caching.view_names(views)
+            names = cache_jobs.view_names(views)
             slices += count
             missing += count * sum(not (root / case.case_id / view / "done.json").exists() for view in names)
     return slices, missing

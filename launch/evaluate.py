@@ -5,8 +5,10 @@ python -m launch.evaluate --runs=runs/x/calsam_seed42,runs/x/sam_ft_seed42 --wor
 Beside the runs it shows each of them with temperature scaling (fitted on the source domain's validation cases), SAM as
 it came (binary problems), and two guesses made from the prompt alone.  Writes ``cases.csv`` (long format),
 ``summary.json`` (nnU-Net's keys), ``temperatures.json``, ``table.md``, ``report.html`` and, last, ``SHA256SUMS``, which
-``sha256sum --check`` reads.  A model bundle can stand in place of a run, with ``--data``: it brings no training and
-validation cases, so neither guesses nor another temperature than its own are fitted.
+``sha256sum --check`` reads.  With ``--prompt_jitter=0.01,0.02,0.05`` also ``prompt_jitter.csv``: DSC and ECE when every
+prompt is moved at random by up to that share of the encoder frame's side.
+A model bundle can stand in place of a run, with ``--data``: it brings no training and validation cases, so neither
+guesses nor another temperature than its own are fitted.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ from calsegx.calibrators import storage
 from calsegx.data import cases as case_tools
 from calsegx.data import images
 from calsegx.evaluation import evaluate as case_metrics
-from calsegx.evaluation import gallery, methods, report, study, tables
+from calsegx.evaluation import gallery, methods, report, robustness, study, tables
 from calsegx.interfaces import Case, DataError, UsageError
 from calsegx.training import metrics_log, model_folder, progress
 from launch import common, components, exchange
@@ -186,7 +188,14 @@ def check_validation(record: Mapping[str, Any], val: Sequence[Case]) -> None:
             )
 
 
-def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: str = "") -> report.Record:
+def evaluate(
+    folders: Sequence[Path],
+    workdir: Path,
+    root: str = "",
+    protocol: str = "",
+    prompt_jitter: Sequence[float] = (),
+    prompt_draws: int = 3,
+) -> report.Record:
     """Score every test case and write the evaluation folder; of several processes each scores its share.
 
     Args:
@@ -194,9 +203,12 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
         workdir: the evaluation folder.
         root: another dataset, all of whose labelled cases are scored; empty: the test cases of the training's.
         protocol: the prompt protocol to expect; empty: the models' own.
+        prompt_jitter: amounts at which the cases are scored again with moved prompts (``robustness``).
+        prompt_draws: how often for each amount.
     """
     folders = [bundle.resolve(folder) for folder in folders]
     runs, first = read_runs(folders, protocol), jax.process_index() == 0
+    robustness.check(prompt_jitter, prompt_draws, runs.configs[0].protocol)
     away = components.of_model(runs.record, root)
     bundled = not runs.record["config"]["data"]["root"]
     home = away if bundled or not root else components.of_model(runs.record, "")
@@ -225,18 +237,22 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
 
     def score(case: Case) -> exchange.Scored:
         subject = study.load(work, case)
-        scored = exchange.Scored([], {}, gallery.snapshot(subject, work.domain(case)))
+        again = robustness.score(work, subject, runs.models, temperatures, prompt_jitter, prompt_draws)
+        scored = exchange.Scored([], {}, gallery.snapshot(subject, work.domain(case)), again)
         for found in study.predictions(work, subject, runs.models, temperatures, guesses):
             scored.rows.extend(study.score(work, subject, *found, scored.statistics))
             gallery.add(scored.picture, *found, shown)
         return scored
 
     rows: list[case_metrics.Row] = []
+    moved: dict[float, list[case_metrics.Row]] = {amount: [] for amount in prompt_jitter}
     statistics: study.Statistics = {}
     snapshots = []
     with progress.Progress("Evaluating", len(test), "cases", quiet=not first) as bar:
         for done, (case, scored) in enumerate(exchange.deal(test, score), start=1):
             rows += scored.rows
+            for amount, found in scored.jittered.items():
+                moved[amount] += found
             for slot, sums in scored.statistics.items():
                 statistics[slot] = statistics[slot] + sums if slot in statistics else sums
             snapshots.append(scored.picture)
@@ -260,6 +276,8 @@ def evaluate(folders: Sequence[Path], workdir: Path, root: str = "", protocol: s
         statistics=statistics,
         logs=runs.logs,
         gallery=gallery.pictures(snapshots, rows, shown[-1], domain_column, read_slice),
+        protocol=config.protocol,
+        jittered=robustness.lines(rows, moved) if moved else [],
     )
     if first:
         about = {
@@ -302,7 +320,6 @@ def _describe(
     count = len(parts.class_map.names)
     tasks = dict.fromkeys(configs.loss_expressions(run, count)[0] for run in runs.configs)
     penalised = configs.loss_expressions(config, count)[1]
-    disc = guesses.get("prompt_only_disc")
     fisher, confidence = (_listed([_weights(run) for run in runs.configs], term) for term in ("FIP", "CMP"))
     return {
         "Dataset": runs.record["dataset"],
@@ -319,10 +336,17 @@ def _describe(
         f"{config.fisher.normalisation}, of {penalised}, {config.fisher.labels} labels, linear warm-up over "
         f"{config.fisher.warmup_fraction:.0%} of the steps), CMP weight {confidence}",
         "Temperatures (validation, NLL)": fitted or "none",
-        **({"Prompt-only disc": f"radius {disc.radius_mm:.1f} mm, the best on the training labels"} if disc else {}),
+        **_disc(guesses),
         "Versions": f"calsegx {calsegx.__version__}, jax {jax.__version__}, Python {platform.python_version()}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind}",
     }
+
+
+def _disc(guesses: Mapping[str, Any]) -> dict[str, str]:
+    if not guesses:
+        return {}
+    radius = guesses["prompt_only_disc"].radius_mm
+    return {"Prompt-only disc": f"radius {radius:.1f} mm, the best on the training labels"}
 
 
 def _listed(weights: Sequence[Mapping[str, float]], term: str) -> str:
@@ -339,8 +363,11 @@ def _write(
 ) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     tables.write_cases(workdir / "cases.csv", record.rows)
-    summary = workdir / "summary.json"
-    tables.write_summary(summary, record.rows, class_names, method, record.source, record.targets, about=about)
+    tables.write_summary(
+        *(workdir / "summary.json", record.rows, class_names, method, record.source, record.targets),
+        prompt_jitter=record.jittered,
+        about=about,
+    )
     blocks = tables.overview(record.rows, record.source, record.targets, record.domain_kind)
     columns = tables.MORE_COLUMNS
     more = tables.overview(record.rows, record.source, record.targets, record.domain_kind, columns)
@@ -348,25 +375,35 @@ def _write(
     fitted = [{"method": method, "seed": seed, **value} for (method, seed), value in temperatures.items()]
     files.write_atomically(workdir / "temperatures.json", json.dumps(fitted, indent=2) + "\n")
     report.write_report(workdir / "report.html", record)
-    written = ("cases.csv", "summary.json", "table.md", "temperatures.json", "report.html")
+    written = ["cases.csv", "summary.json", "table.md", "temperatures.json", "report.html"]
+    if record.jittered:
+        robustness.write(workdir / "prompt_jitter.csv", record.jittered)
+        written.append("prompt_jitter.csv")
     sums = [f"{hashlib.sha256((workdir / name).read_bytes()).hexdigest()}  {name}\n" for name in written]
     files.write_atomically(workdir / "SHA256SUMS", "".join(sums))
 
 
 def define_flags() -> None:
-    """``--runs``, ``--workdir``, ``--data``, ``--protocol`` and those of several processes."""
+    """``--runs``, ``--workdir``, ``--data``, ``--protocol``, ``--prompt_*`` and those of several processes."""
     common.define_processes()
     flags.DEFINE_list("runs", None, "Folders of trained runs, separated by commas.", required=True)
     common.define_folder("workdir", "Folder to write the evaluation to.")
     flags.DEFINE_string("data", "", "Another dataset folder: score all its labelled cases.")
     flags.DEFINE_string("protocol", "", "The prompt protocol to expect; another one than the models' is refused.")
+    flags.DEFINE_list("prompt_jitter", [], "Also score with moved prompts: shares of the frame's side, e.g. 0.01,0.05.")
+    flags.DEFINE_integer("prompt_draws", 3, "How often prompts are moved for each amount.", lower_bound=1)
 
 
 def main() -> None:
     """Evaluate, and say the main result."""
     arguments = flags.FLAGS
-    workdir = Path(arguments.workdir)
-    record = evaluate([Path(run) for run in arguments.runs if run], workdir, arguments.data, arguments.protocol)
+    workdir, runs = Path(arguments.workdir), [Path(run) for run in arguments.runs if run]
+    try:
+        amounts = [float(amount) for amount in arguments.prompt_jitter]
+    except ValueError as error:
+        given = ",".join(arguments.prompt_jitter)
+        raise UsageError(f"--prompt_jitter={given} must be numbers, separated by commas.") from error
+    record = evaluate(runs, workdir, arguments.data, arguments.protocol, amounts, arguments.prompt_draws)
     if jax.process_index():
         return
     print(report.headline(record))

@@ -22,6 +22,7 @@ class Scored:
     rows: list[evaluate.Row]
     statistics: study.Statistics
     picture: gallery.Snapshot
+    jittered: dict[float, list[evaluate.Row]] = dataclasses.field(default_factory=dict)  # by amount
 
 
 def deal(cases: Sequence[Case], score: Callable[[Case], Scored]) -> Iterator[tuple[Case, Scored]]:
@@ -47,6 +48,7 @@ def to_bytes(scored: Scored) -> bytes:
         "rows": [dataclasses.astuple(row) for row in scored.rows],
         "statistics": list(scored.statistics.items()),
         "picture": picture,
+        "jittered": [(amount, [dataclasses.astuple(row) for row in rows]) for amount, rows in scored.jittered.items()],
     }
     return json.dumps(content, default=_plain).encode()
 
@@ -61,6 +63,7 @@ def from_bytes(content: bytes, case: Case) -> Scored:
         [evaluate.Row(*row) for row in values["rows"]],
         {tuple(slot): _statistics(sums) for slot, sums in values["statistics"]},
         gallery.Snapshot(case, **picture),
+        {amount: [evaluate.Row(*row) for row in rows] for amount, rows in values["jittered"]},
     )
 
 

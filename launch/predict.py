@@ -3,12 +3,13 @@
 python -m launch.predict --run=runs/x/calsam_seed42 --output=predictions --data=DATASET --prompts=clicks.tsv
 python -m launch.predict --model=BUNDLE.zip --output=predictions --data=DATASET --prompts=clicks.tsv
 
-``--prompts`` is a table ``case_id i j k label`` of voxels in the image files' own indices, counted from 0; label 1 is a
-foreground point, 0 a background point, 2 and 3 are two opposite corners of a box.  Without it the prompts are placed on
-the reference labels by the model's protocol, which is for benchmarks only.  The calibrator that ``launch.calibrate``
-saved with the model is applied, unless ``--nocalibrate`` is given.  Writes ``CASE.nii.gz`` (uint8; a class made of
-several label ids gets its first), ``labels.json`` (what the ids mean) and ``CASE_prob-CLASS.nii.gz`` (float32); of PNG
-pictures ``CASE.png`` and ``CASE_prob-CLASS.png`` (16 bits: 65535 is 1).
+``--prompts`` is a table ``case_id i j k label`` of voxels in the image files' own indices, counted from 0, or ``case_id
+x y z label`` of millimetres, separated by tabs (``.csv``: commas), or a JSON file; label 1 is a foreground point, 0 a
+background point, 2 and 3 are two opposite corners of a box.  Without it the prompts are placed on the reference labels
+by the model's protocol, which is for benchmarks only; a model of the protocol ``none`` needs neither.  The calibrator
+that ``launch.calibrate`` saved with the model is applied, unless ``--nocalibrate`` is given.  Writes ``CASE.nii.gz``
+(uint8; a class made of several label ids gets its first), ``labels.json`` (what the ids mean) and
+``CASE_prob-CLASS.nii.gz`` (float32); of PNG pictures ``CASE.png`` and ``CASE_prob-CLASS.png`` (16 bits: 65535 is 1).
 """
 
 import json
@@ -22,7 +23,8 @@ import numpy as np
 from absl import flags
 
 from calsegx import bundle, calibrators, files
-from calsegx.data import classes, images, pipeline, prompts
+from calsegx.data import classes, images, pipeline, preprocessing
+from calsegx.data import clicks as click_tools
 from calsegx.evaluation import predict as case_prediction
 from calsegx.evaluation import study
 from calsegx.interfaces import Case, DataError, InputError, Params, UsageError
@@ -58,15 +60,16 @@ def predict(
         raise UsageError(f"--output={output} lies inside the dataset, which is never written to; name another folder.")
     if limit:
         cases = cases[:limit]
-    clicks = prompts.read_clicks(clicks_file) if clicks_file else None
+    clicks = click_tools.read_clicks(clicks_file) if clicks_file else None
     if clicks is not None:
-        prompts.check_clicks(clicks, cases, parts.config.protocol)
+        click_tools.check_clicks(clicks, cases, parts.config.protocol)
     elif parts.config.protocol != "none":
         for case in cases:
             if case.label is None:
                 raise UsageError(
                     f"Case {case.case_id!r} has no reference labels to place prompts on; give clicks with --prompts."
                 )
+        print("note: no --prompts, so prompts are placed on the reference labels (benchmarks only)", file=sys.stderr)
     print(f"note: probabilities are {_described(calibrator, calibrated)}", file=sys.stderr)
     output.mkdir(parents=True, exist_ok=True)
     mesh = components.encoder_mesh(parts.config)
@@ -79,12 +82,15 @@ def predict(
     with progress.Progress("Predicting", len(cases), "cases") as bar:
         for done, case in enumerate(cases, start=1):
             try:
-                probabilities, reference = _probabilities(parts, weights, case, clicks, encode, decode, calibrator)
+                prepared = parts.prepare(case, clicks=clicks)
+                probabilities = _probabilities(parts, weights, prepared, encode, decode, calibrator)
             except InputError as error:
                 failed.append(f"{case.case_id}: {error}")
                 bar.say(f"failed: {failed[-1]}")
             else:
-                written.append(_write(output, case, probabilities, reference, parts.class_map))
+                if clicks is not None and (left := _between(prepared)):
+                    bar.say(f"note: {case.case_id}: slices between clicked ones without a click: {left}, background")
+                written.append(_write(output, case, probabilities, prepared.reference, parts.class_map))
             bar.update(done, case.case_id)
     if failed:
         raise DataError(f"{len(failed)} of {len(cases)} cases failed; the first: {failed[0]}")
@@ -94,14 +100,12 @@ def predict(
 def _probabilities(
     parts: components.Components,
     weights: tuple[Params, Params],
-    case: Case,
-    clicks: Mapping[str, prompts.Clicks] | None,
+    prepared: preprocessing.PreparedCase,
     encode: Any,
     decode: Any,
     calibrator: tuple[str, Mapping[str, Any]] | None,
-) -> tuple[np.ndarray, Any]:
-    """Foreground probabilities ``[D, H, W, K]`` and the grid to write them on; ``weights`` trained and frozen."""
-    prepared = parts.prepare(case, clicks=clicks)
+) -> np.ndarray:
+    """Foreground probabilities ``[D, H, W, K]``; ``weights`` trained and frozen."""
     asked = pipeline.protocol_prompts(prepared.prompts, parts.config.protocol)
     low_res = case_prediction.predict_slices(decode, *weights, encode(prepared), asked, study.DECODER_BATCH)
     logits = case_prediction.case_logits(low_res, prepared.geometry)
@@ -109,7 +113,13 @@ def _probabilities(
         name, params = calibrator
         logits = calibrators.get(name).apply(params, logits, study.calibrator_image(prepared))
     native = case_prediction.probabilities(logits)
-    return case_prediction.to_native(native, prepared.slices, prepared.geometry), prepared.reference
+    return case_prediction.to_native(native, prepared.slices, prepared.geometry)
+
+
+def _between(prepared: preprocessing.PreparedCase) -> int:
+    """How many slices of the working grid lie between prompted ones without a prompt."""
+    slices = prepared.slices
+    return int(slices[-1] - slices[0] + 1 - len(slices)) if len(slices) else 0
 
 
 def _described(calibrator: tuple[str, Mapping[str, Any]] | None, wanted: bool) -> str:
@@ -133,7 +143,9 @@ def define_flags() -> None:
     flags.DEFINE_string("model", "", "A model bundle in its place: the folder or zip that launch.export wrote.")
     common.define_folder("output", "Folder to write masks and probabilities to.")
     flags.DEFINE_string("data", "", "Another dataset folder than the one trained on.")
-    flags.DEFINE_string("prompts", "", "Table of clicks; without it prompts are placed on the reference labels.")
+    flags.DEFINE_string(
+        "prompts", "", "Table or JSON of clicks; without it prompts are placed on the reference labels."
+    )
     flags.DEFINE_enum("split", "", ["", "train", "val", "test", "all"], "Which cases; default: all of --data, or test.")
     flags.DEFINE_bool("calibrate", True, "Apply the calibrator that launch.calibrate saved with the model.")
 
@@ -147,8 +159,6 @@ def main() -> None:
     if arguments.model and not bundle.is_bundle(run):
         raise InputError(f"--model={run} is no model bundle; give what launch.export wrote, or a run with --run.")
     clicks = Path(arguments.prompts) if arguments.prompts else None
-    if clicks is None:
-        print("note: no --prompts, so prompts are placed on the reference labels (benchmarks only)", file=sys.stderr)
     written = predict(run, output, arguments.data, clicks, arguments.split, calibrated=arguments.calibrate)
     print(f"Wrote {len(written)} masks with their probabilities to {arguments.output}")
 

@@ -4,6 +4,7 @@ python -m launch.train --config.data.root=DATASET --config.data.source=A --confi
 
 Methods: sam_ft (task loss), sam_fip (+ Fisher penalty), sam_cmp (+ confidence penalty), calsam (both), crac (CRaC's
 augmented Lagrangian).  The task loss is any sum of losses: --config.loss="sam + 0.1*mbls_penalty(margin=5)".
+With ``--config.data.online`` training slices are read, augmented and encoded anew in every step (docs/data/cache.md).
 ``--resume`` goes on from the newest whole checkpoint.  The run folder holds ``config.json``, ``metrics.jsonl``,
 ``checkpoints/`` and, at the end, ``model/``, which ``launch.evaluate`` and ``launch.predict`` read.  SIGTERM, SIGINT
 and SIGUSR1 finish the step, save it and end; docs/failure-contract.md says what is promised, docs/scaling.md how to use
@@ -46,10 +47,18 @@ def train(
     sharding.check_batch_size(mesh, config.batch_size)
 
     first = jax.process_index() == 0
+    if first:
+        components.note_coarse_axis(parts, train_cases)
     with locks.exclusive(workdir) if first else contextlib.nullcontext(), interruption.Stop() as stop:
         checkpoints.check_start(workdir / "checkpoints", resume)  # before hours of encoding
         cache = components.feature_cache(parts, workdir)
-        components.fill_cache(parts, cache, {"train": config.data.views, "val": 1}, stop)
+        online, fingerprints, cached = None, {}, {"train": config.data.views, "val": 1}
+        if config.data.online:
+            online, fingerprints = components.train_online(parts, train_cases, stop)
+            train_cases, cached = tuple(c for c in train_cases if c.case_id in fingerprints), {"val": 1}
+        components.fill_cache(parts, cache, cached, stop)
+        from_cache = [case.case_id for case in (*train_cases, *val_cases) if case.case_id not in fingerprints]
+        fingerprints |= {case_id: cache.fingerprint(case_id, "view0") for case_id in from_cache}
         if first and not resume:  # a resumed run may be refused for other settings, and keeps the file it has
             files.write_atomically(workdir / "config.json", json.dumps(configs.to_dict(config), indent=2) + "\n")
         summary = loop.train(
@@ -62,9 +71,10 @@ def train(
             objective=objective,
             mesh=mesh,
             resume=resume,
-            metadata=components.metadata(parts, cache, {"train": train_cases, "val": val_cases}),
+            metadata=components.metadata(parts, fingerprints.__getitem__, {"train": train_cases, "val": val_cases}),
             stop=stop,
             allow_config_change=allow_config_change,
+            online=online,
         )
         if first and resume and allow_config_change:
             files.write_atomically(workdir / "config.json", json.dumps(configs.to_dict(config), indent=2) + "\n")

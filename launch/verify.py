@@ -6,9 +6,11 @@ Errors are what training or prediction would refuse or what makes results wrong 
 label ids, one image under two subjects, a label given as an image); warnings are probably not what was meant; notes are
 good to know.  ``FOLDER/verify.json`` holds all of them, and of every file its shape, spacing, orientation, labels with
 their millilitres and the SHA-256 of its voxels.  The exit code is 3 with any error.  ``--on_error=skip`` lists the
-cases with errors and ends with 0 where others are left.
+cases with errors, ends with 0 where others are left, and writes those as ``FOLDER/cases.tsv``:
+``--config.data.root=FOLDER`` is then the dataset without the others.
 """
 
+import dataclasses
 import json
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from calsegx import files
-from calsegx.data import layouts, verify
+from calsegx.data import index, layouts, verify
 from calsegx.interfaces import DataError, UsageError
 from calsegx.training import progress
 from launch import common
@@ -54,6 +56,9 @@ def verify_dataset(
     if on_error == "skip" and failing:
         print(f"Left out: {', '.join(failing)}")
     skipped = on_error == "skip" and len(failing) < len(dataset.cases) and not report.dataset_fails()
+    if skipped and failing and output:
+        left = tuple(case for case in dataset.cases if case.case_id not in failing)
+        index.write_cases(dataclasses.replace(dataset, cases=left), output)
     if report.count("error") and not skipped:
         where = f"; all findings are in {output / 'verify.json'}" if output else ""
         raise DataError(

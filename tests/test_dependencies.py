@@ -23,9 +23,10 @@ ALLOWED = {
     "locks": set(),
     "uncertainty": {"losses", "metrics"},
     "memory": set(),
-    "features": set(),
+    "slice_files": set(),
+    "features": {"slice_files"},
     "data": {"features"},  # the pipeline reads the cache
-    "training": {"losses", "sharding", "features", "data"},
+    "training": {"losses", "sharding", "features", "locks", "data"},
     "bundle": {"data", "calibrators", "training"},
     "evaluation": {"metrics", "calibrators", "features", "data"},
 }

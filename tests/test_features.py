@@ -33,8 +33,9 @@ def cache(tmp_path):
     return features.FeatureCache.open(tmp_path / "cache", SIGNATURE)
 
 
-def chunk(cache, case_id, view, position):
-    return cache.root / case_id / view / "features" / "c" / str(position) / "0" / "0" / "0"
+def file_of(cache, case_id, view, array="features"):
+    (path,) = (path for path in (cache.root / case_id / view / array / "c").rglob("*") if path.is_file())
+    return path
 
 
 @pytest.mark.parametrize("case_id", ["plain", "mit Leerzeichen & Ümläuten", "a.b+c=d#%20", "日本"])
@@ -76,37 +77,116 @@ def test_slice_of_zeros_is_not_a_missing_slice(cache):
     assert not np.any(cache.read_case("a", "view0").features)
 
 
-@pytest.mark.parametrize("position", [0, 2])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "empty"])
-def test_damage_is_detected(cache, damage, position):
+def aside(cache, case_id, view):
+    return cache.root / case_id / f"{view}.set-aside"
+
+
+def test_one_file_per_array_and_a_slice_is_read_alone(cache):
+    """Damage in one slice is no damage of the others; neither is what follows the slice in a file that was cut."""
     cache.write("a", "view1", **content(), fingerprint="f")
-    path = chunk(cache, "a", "view1", position)
+    path = file_of(cache, "a", "view1")
     data = bytearray(path.read_bytes())
-    if damage == "flip":
-        data[17] ^= 4
-        path.write_bytes(data)
-    elif damage == "truncate":
-        path.write_bytes(data[:50])
-    elif damage == "empty":
-        path.write_bytes(b"")
-    else:
-        path.unlink()
-    with pytest.raises(InputError, match=r"'a', view1 are damaged .* delete the folder .*view1 and compute"):
-        cache.read_slices("a", "view1", position)
-    cache.read_slices("a", "view1", 1)  # the others are still good
+    slice_bytes = 4 * 4 * 8 * 2 + 4  # with its crc32c
+    assert len(data) == 3 * slice_bytes + 3 * 16 + 4  # and the index: offset and length of each, and a crc32c
+    expected = cache.read_slices("a", "view1", [0, 2]).features
+    data[slice_bytes + 17] ^= 4
+    path.write_bytes(data)
+    again = features.FeatureCache(cache.root)
+    np.testing.assert_array_equal(again.read_slices("a", "view1", [0, 2]).features, expected)
+    np.testing.assert_array_equal(again.read_slices("a", "view1", 2).features, expected[1])
+    with pytest.raises(InputError, match="'a', view1 are damaged"):
+        again.read_slices("a", "view1", 1)
 
 
-def test_every_flipped_byte_of_small_arrays_is_detected(cache):
+@pytest.mark.parametrize("read", ["read_slices", "read_case", "verify"])
+@pytest.mark.parametrize("damage", ["flip", "flip index", "cut", "remove", "empty"])
+def test_damage_is_detected_and_set_aside(cache, damage, read):
+    cache.write("a", "view1", **content(), fingerprint="f")
     cache.write("a", "view0", **content(), fingerprint="f")
-    for path in sorted((cache.root / "a" / "view0").glob("*/c/**/*")):
-        if path.is_dir():
-            continue
+    path = file_of(cache, "a", "view1")
+    data = bytearray(path.read_bytes())
+    if damage.startswith("flip"):
+        data[17 if damage == "flip" else -20] ^= 4
+        path.write_bytes(data)
+    elif damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data[:50] if damage == "cut" else b"")
+    with pytest.raises(InputError, match=r"'a', view1 are damaged .* moved to .*view1.set-aside: run the same command"):
+        getattr(cache, read)("a", "view1", *([[2, 0]] if read == "read_slices" else []))
+    assert aside(cache, "a", "view1").is_dir() and not cache.has("a", "view1", "f")
+    assert cache.has("a", "view0", "f")
+    cache.write("a", "view1", **content(), fingerprint="f")
+    np.testing.assert_array_equal(cache.read_case("a", "view1").features, cache.read_case("a", "view0").features)
+    assert not aside(cache, "a", "view1").exists()
+
+
+def test_what_was_checked_is_copied_and_verify_checks_it_again(cache):
+    cache.write("a", "view0", **content(), fingerprint="f")
+    checked = [cache.read_slices("a", "view0", 1), cache.read_case("a", "view0")]
+    path = file_of(cache, "a", "view0")
+    data = bytearray(path.read_bytes())
+    data[17] ^= 4
+    path.write_bytes(data)
+    copied = cache.read_slices("a", "view0", np.array([1, 2])), cache.read_case("a", "view0")
+    np.testing.assert_array_equal(copied[0].features[0], checked[0].features)
+    np.testing.assert_array_equal(copied[1].features[1:], checked[1].features[1:])
+    np.testing.assert_array_equal(copied[1].labels, checked[1].labels)
+    copied[1].features[:] = 0  # the caller's own
+    with pytest.raises(InputError, match="'a', view0 are damaged"):
+        cache.verify("a", "view0")
+
+
+def test_a_file_of_another_layout_is_not_copied_from(cache, monkeypatch):
+    cache.write("a", "view0", **content(), fingerprint="f")
+    monkeypatch.setattr(features.slice_files.SliceFile, "_copy", lambda file, index: np.zeros(1))
+    with pytest.raises(InputError, match="not laid out as it was written"):
+        cache.read_slices("a", "view0", 1)
+
+
+def test_damage_that_cannot_be_set_aside(cache, monkeypatch):
+    """A cache that belongs to somebody else."""
+    cache.write("a", "view0", **content(), fingerprint="f")
+    (cache.root / "a" / "view0" / "done.json").write_text("{}")
+
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(features.Path, "rename", refuse)
+    with pytest.raises(InputError, match=r"view0 cannot be moved .*\(Permission denied\); delete that folder"):
+        cache.has("a", "view0", "f")
+
+
+def test_another_process_was_faster(cache, monkeypatch):
+    """Two write the same view without a claim: the second finds it there when it renames its own."""
+    replace = features.os.replace
+
+    def race(source, target):
+        if str(target).endswith("view0"):
+            monkeypatch.undo()
+            features.FeatureCache(cache.root).write("a", "view0", **content(seed=1), fingerprint="f")
+        replace(source, target)
+
+    monkeypatch.setattr(features.os, "replace", race)
+    cache.write("a", "view0", **content(seed=1), fingerprint="f")
+    expected = content(seed=1)["features"].astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(cache.read_case("a", "view0").features, expected)
+    assert [path.name for path in (cache.root / "a").iterdir()] == ["view0"]
+
+
+def test_every_flipped_byte_of_every_array_is_detected(cache):
+    cache.write("a", "view0", **content(), fingerprint="f")
+    folder = cache.root / "a" / "view0"
+    paths = [path for path in sorted(folder.glob("*/c/**/*")) if path.is_file()]
+    assert len(paths) == 6
+    for path in paths:
         data = bytearray(path.read_bytes())
         damaged = data.copy()
         damaged[len(data) // 2] ^= 1
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="damaged"):
             features.FeatureCache.open(cache.root, SIGNATURE).read_case("a", "view0")
+        aside(cache, "a", "view0").rename(folder)
         path.write_bytes(data)
     features.FeatureCache.open(cache.root, SIGNATURE).read_case("a", "view0")
 
@@ -137,7 +217,7 @@ def test_failed_write_leaves_the_old_view(cache, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features, "_write_array", full)
+    monkeypatch.setattr(features.slice_files, "write", full)
     with pytest.raises(InputError, match="'a', view0 cannot be written .*No space left"):
         cache.write("a", "view0", **content(seed=1), fingerprint="new")
     assert cache.has("a", "view0", "old")
@@ -150,7 +230,7 @@ def test_ctrl_c_leaves_nothing_hidden(cache, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(features, "_write_array", interrupted)
+    monkeypatch.setattr(features.slice_files, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cache.write("a", "view0", **content(seed=1), fingerprint="new")
     assert cache.has("a", "view0", "old")

@@ -67,14 +67,35 @@ def to_working_depth(volume: np.ndarray, geometry: FrameGeometry) -> np.ndarray:
     return volume if native == working else _along_depth(volume, resample_matrix(native, working, antialias=True))
 
 
-def from_working_depth(volume: np.ndarray, geometry: FrameGeometry) -> np.ndarray:
-    """``[D', ...]`` probabilities of the working grid's slices on those of the file: linear, sums stay 1."""
+def from_working_depth(volume: np.ndarray, geometry: FrameGeometry, predicted: np.ndarray) -> np.ndarray:
+    """``[D', ...]`` probabilities of the working grid's slices on those of the file, linearly.
+
+    Slices without a prompt hold no prediction, so nothing is mixed with their zeros: the file's slices that they hold
+    are 0, the others are means of predicted slices alone.  Sums of probabilities never exceed 1.
+
+    Args:
+        volume: 0 where nothing is predicted.
+        geometry: of the case.
+        predicted: indices along D' of the slices that are.
+    """
     native, working = geometry.depths
-    return volume if native == working else _along_depth(volume, resample_matrix(working, native, antialias=False))
+    if native == working:
+        return volume
+    known = np.isin(np.arange(working), predicted)
+    inside = known[working_slices(np.arange(native), geometry)]
+    weights = np.where(inside[:, None] & known, resample_matrix(working, native, antialias=False), 0)
+    sums = weights.sum(axis=1, keepdims=True)  # at least one half inside: the holding slice is the nearest
+    return _along_depth(volume, weights / np.where(inside[:, None], sums, 1))
+
+
+def working_slices(slices: np.ndarray, geometry: FrameGeometry) -> np.ndarray:
+    """The working grid's slices that hold the middles of the file's ``slices``: ``floor((d + 1/2) D' / D)``."""
+    native, working = geometry.depths
+    return (2 * slices + 1) * working // (2 * native)
 
 
 def labels_to_working_depth(labels: np.ndarray, geometry: FrameGeometry, num_classes: int) -> np.ndarray:
-    """Class indices ``[D, H, W]`` on the working grid's slices: the class of the largest share, ties to the lower."""
+    """Class indices ``[D, H, W]`` on the working grid's slices: the largest share wins, exact ties go to the lower."""
     native, working = geometry.depths
     if native == working:
         return labels
@@ -128,8 +149,8 @@ def from_low_res(logits: np.ndarray, geometry: FrameGeometry) -> np.ndarray:
 def labels_to_low_res(labels: np.ndarray, geometry: FrameGeometry, num_classes: int) -> np.ndarray:
     """Class indices ``[n, H, W]`` (0..num_classes) on the decoder's grid, uint8 ``[n, Hl, Wl]``.
 
-    One-hot, through the frame with antialias, then the largest share; the padding is background, ties go to
-    the lower index.
+    One-hot, through the frame with antialias, then the largest share; the padding is background, exact ties go
+    to the lower index.
     """
     rows, columns = (
         resample_matrix(geometry.image_size, low, antialias=True)[:, : len(matrix)] @ matrix
@@ -176,7 +197,7 @@ def _between(size_in: int, size_working: int, size_out: int, antialias: bool) ->
 
 
 def _largest_share(labels: np.ndarray, num_classes: int, share: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Resampled class indices: of every mask its ``share``, the largest wins, ties go to the lower index."""
+    """Resampled class indices: of every mask its ``share``, the largest wins, exact ties go to the lower."""
     shares = [share(labels == index) for index in range(1, num_classes + 1)]
     best_share = 1.0 - np.sum(shares, axis=0)
     best = np.zeros(best_share.shape, np.uint8)

@@ -18,8 +18,8 @@ from nibabel import filebasedimages, orientations
 from PIL import Image
 
 from calsegx import files
-from calsegx.data import cases, nifti, side_table
-from calsegx.data.layouts import nnunet_v2, table
+from calsegx.data import cases, images, nifti, pictures, side_table
+from calsegx.data.layouts import table
 from calsegx.interfaces import Case, DataError, Dataset, UsageError
 
 DESCRIPTION = "dataset.json"
@@ -95,7 +95,7 @@ def add_metadata(dataset: Dataset, path: Path) -> tuple[Dataset, list[str]]:
     Raises:
         DataError: for an unreadable table, one that says nothing of these, or one of other subjects.
     """
-    nifti.require_file(path, "--metadata")
+    images.require_file(path, "--metadata")
     rows = side_table.read(path)
     if not any(rows.values()):
         names = ", ".join(name for names in side_table.COLUMNS.values() for name in names)
@@ -149,12 +149,12 @@ def write_cases(dataset: Dataset, folder: Path) -> Path:
 
 
 def _contents(dataset: Dataset) -> dict[str, str]:
-    images = [f"image:{channel}" for channel in dataset.channels]
     chosen = [channel for channel in dataset.channels if any(channel in case.volumes for case in dataset.cases)]
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
     columns = table.COLUMNS
-    writer.writerow([*columns[:2], *images, *(f"volume:{channel}" for channel in chosen), *columns[2:]])
+    files_of = [f"image:{channel}" for channel in dataset.channels] + [f"volume:{channel}" for channel in chosen]
+    writer.writerow([*columns[:2], *files_of, *columns[2:]])
     for case in dataset.cases:
         writer.writerow(
             [
@@ -179,7 +179,7 @@ def _measure(case: Case, channel: str, headers_only: bool) -> Measured:
     shape, spacing = _grid(case.images[channel])
     volumes: dict[int, float] = {}
     if case.label is not None and not headers_only:
-        label = nifti.read_labels(case.label)
+        label = images.read_labels(case.label)
         ids, counts = np.unique(label.voxels[label.voxels != 0], return_counts=True)
         voxel_ml = float(np.prod(label.spacing_mm)) / _CUBIC_MM
         volumes = {int(value): int(count) * voxel_ml for value, count in zip(ids, counts, strict=True)}
@@ -188,9 +188,9 @@ def _measure(case: Case, channel: str, headers_only: bool) -> Measured:
 
 def _grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Shape and spacing in working axes, from the header alone."""
-    nifti.require_file(path)
+    images.require_file(path)
     try:
-        if not path.name.endswith(nnunet_v2.IMAGE_ENDINGS):
+        if path.suffix.lower() == pictures.ENDING:
             with Image.open(path) as picture:
                 return (1, picture.height, picture.width), (1.0, 1.0, 1.0)
         header = nibabel.Nifti1Image.from_filename(path).header

@@ -28,7 +28,8 @@ def percentile(voxels: np.ndarray, config: configs.DataConfig) -> np.ndarray:
         ValueError: when the two are equal, no voxel is above 0, or more than one in a hundred is clearly below 0
             (z-scores, CT): half of the tissue would silently become black.
     """
-    return _between_percentiles(voxels, config.lower_percentile, config.upper_percentile)
+    low, high = _percentiles(voxels, config.lower_percentile, config.upper_percentile)
+    return np.clip((voxels - np.float32(low)) * np.float32(255 / (high - low)), 0, 255).astype(np.float32)
 
 
 @registry.register("z_score")
@@ -55,7 +56,8 @@ def medsam_mr(voxels: np.ndarray, config: configs.DataConfig) -> np.ndarray:
     Raises:
         ValueError: as ``percentile``.
     """
-    return np.floor(_between_percentiles(voxels, *MEDSAM_PERCENTILES))
+    low, high = _percentiles(voxels, *MEDSAM_PERCENTILES)
+    return _whole_numbers(voxels, low, high)
 
 
 @registry.register("medsam_ct")
@@ -69,14 +71,11 @@ def medsam_ct(voxels: np.ndarray, config: configs.DataConfig) -> np.ndarray:
         ValueError: when the volume is constant inside the window.
     """
     half = config.window_width / 2
-    clipped = np.clip(voxels, config.window_centre - half, config.window_centre + half)
-    low, high = float(clipped.min()), float(clipped.max())
+    bottom, top = config.window_centre - half, config.window_centre + half
+    low, high = (float(np.clip(end, bottom, top)) for end in (voxels.min(), voxels.max()))
     if not high > low:
-        raise ValueError(
-            f"it is constant ({low:.6g}) inside the window from {config.window_centre - half:g} to "
-            f"{config.window_centre + half:g}"
-        )
-    return np.floor((clipped - np.float32(low)) * np.float32(255 / (high - low))).astype(np.float32)
+        raise ValueError(f"it is constant ({low:.6g}) inside the window from {bottom:g} to {top:g}")
+    return _whole_numbers(voxels, low, high)
 
 
 def normalise(voxels: np.ndarray, config: configs.DataConfig) -> np.ndarray:
@@ -89,11 +88,17 @@ def normalise(voxels: np.ndarray, config: configs.DataConfig) -> np.ndarray:
     return registry.get(config.intensity)(voxels, config)
 
 
-def _between_percentiles(voxels: np.ndarray, lower: float, upper: float) -> np.ndarray:
+def _percentiles(voxels: np.ndarray, lower: float, upper: float) -> tuple[float, float]:
     low, high = np.percentile(_above_zero(voxels), [lower, upper])
     if not high > low:
         raise ValueError(f"its voxels above 0 are constant ({low:.6g}) between the percentiles {lower} and {upper}")
-    return np.clip((voxels - np.float32(low)) * np.float32(255 / (high - low)), 0, 255).astype(np.float32)
+    return low, high
+
+
+def _whole_numbers(voxels: np.ndarray, low: float, high: float) -> np.ndarray:
+    # In this order and in float64, as published: in float32 some whole numbers come out just below, and are one less.
+    scaled = (np.clip(voxels.astype(np.float64), low, high) - low) / (high - low) * 255
+    return np.floor(scaled).astype(np.float32)
 
 
 def _above_zero(voxels: np.ndarray) -> np.ndarray:

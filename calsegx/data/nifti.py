@@ -177,16 +177,42 @@ def require_file(path: Path, role: str = "") -> None:
     )
 
 
-def _load(path: Path, volume: int | None = None) -> tuple[nibabel.Nifti1Header, np.ndarray]:
-    """Header and scaled voxels ``[X, Y, Z]`` in the file's own axes, of one volume."""
-    content = _read_bytes(path)
+def slice_distances(path: Path) -> dict[str, float]:
+    """Millimetres from slice to slice along each of ``WORKING_AXES``, from the header alone.
+
+    Raises:
+        DataError: for a file without a readable header, or without an affine.
+    """
+    require_file(path)
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as stream:
+            header = _header(path, stream.read(nibabel.Nifti2Header.sizeof_hdr))
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} has no readable header ({error}); copy or download it again.") from error
+    affine = affine_mm(path, header)
+    body_axes = orientations.io_orientation(affine)[:, 0].astype(int)  # of the file's: 0 left-right, 1, 2 up
+    lengths = dict(zip(body_axes, np.linalg.norm(affine[:3, :3], axis=0), strict=True))
+    return {"axial": float(lengths[2]), "coronal": float(lengths[1]), "sagittal": float(lengths[0])}
+
+
+def _header(path: Path, content: bytes) -> nibabel.Nifti1Header:
+    """The header that ``content`` starts with, as it stands there."""
     sizes = struct.unpack("<i", content[:4]) + struct.unpack(">i", content[:4]) if len(content) >= 4 else ()
     header_class = nibabel.Nifti1Header if 348 in sizes else nibabel.Nifti2Header if 540 in sizes else None
     if header_class is None or len(content) < header_class.sizeof_hdr:
         raise DataError(f"{path} is not a NIfTI file: it has no NIfTI header; export it again as NIfTI-1.")
     try:
         # check=False: nibabel's check repairs negative zooms and the like, which hides what the file says.
-        header = header_class.from_fileobj(io.BytesIO(content), check=False)
+        return header_class.from_fileobj(io.BytesIO(content[: header_class.sizeof_hdr]), check=False)
+    except _HEADER_ERRORS as error:
+        raise DataError(f"{path} has a damaged NIfTI header ({error}); export or download it again.") from error
+
+
+def _load(path: Path, volume: int | None = None) -> tuple[nibabel.Nifti1Header, np.ndarray]:
+    """Header and scaled voxels ``[X, Y, Z]`` in the file's own axes, of one volume."""
+    content = _read_bytes(path)
+    header = _header(path, content)
+    try:
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
         single = bytes(header["magic"].item()).startswith(b"n+")
         expected = header.get_data_offset() + math.prod(shape) * dtype.itemsize

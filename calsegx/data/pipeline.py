@@ -65,6 +65,7 @@ class Place(NamedTuple):
     case_id: str
     view: str
     position: int
+    seed: int = 0  # of what is drawn anew for this sample: the jitter of its prompts
 
 
 class TrainingData(NamedTuple):
@@ -96,6 +97,7 @@ def training_data(
     *,
     share: tuple[int, int] = (0, 1),
     paired: bool = False,
+    jitter: Callable[[Prompts, np.random.Generator], Prompts] | None = None,
 ) -> TrainingData:
     """What is trained on, in which order.
 
@@ -108,6 +110,7 @@ def training_data(
         protocol: which prompts the model sees.
         share: which process of how many this is.  Together they see the batches that one process would see.
         paired: every slice comes as two samples, one after the other, in two of its views (``losses.consistency``).
+        jitter: moves the prompts of a slice, anew for every sample (``prompts.jitter``); None: they stay.
 
     Raises:
         UsageError: when there are fewer slices than one batch needs, or slices without a second view for ``paired``.
@@ -125,12 +128,18 @@ def training_data(
 
     def choose(record: _Slice, rng: np.random.Generator) -> list[Place]:
         chosen = rng.choice(len(record.places), each, replace=False) if paired else [rng.integers(len(record.places))]
-        return [Place(record.case_id, *record.places[index]) for index in chosen]
+        return [Place(record.case_id, *record.places[i], seed=int(rng.integers(2**32))) for i in chosen]
+
+    def read(place: Place) -> Batch:
+        item = _one(cache, place, protocol)
+        moved = item.prompts if jitter is None else jitter(item.prompts, np.random.default_rng(place.seed))
+        return item._replace(prompts=moved)
 
     slices = batch_size // each
     order = grain.MapDataset.source(source).seed(seed).shuffle().random_map(choose).repeat()
-    batches = order.batch(slices, batch_fn=_flatten).map(lambda places: own_rows(places, share))
-    return TrainingData(batches, lambda place: _one(cache, place, protocol), len(source) // slices)
+    # Nothing remains of an endless dataset, but grain would count it in floating point and fail at batches of one.
+    batches = order.batch(slices, drop_remainder=True, batch_fn=_flatten).map(lambda places: own_rows(places, share))
+    return TrainingData(batches, read, len(source) // slices)
 
 
 def _flatten(groups: Sequence[Sequence[Place]]) -> list[Place]:

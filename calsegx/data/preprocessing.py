@@ -8,8 +8,8 @@ import numpy as np
 
 from calsegx import configs
 from calsegx.data import augment, classes, frames, intensity, nifti, protocols
+from calsegx.data import clicks as click_tools
 from calsegx.data import images as image_files
-from calsegx.data import prompts as prompt_tools
 from calsegx.interfaces import Case, DataError, Prompts, Volume
 
 VERSION = 2  # raise it when a change here or in augment makes other frames of the same files: caches are then refused
@@ -38,7 +38,7 @@ def prepare_case(
     image_size: int,
     logit_shape: tuple[int, int],
     rng: np.random.Generator | None = None,
-    clicks: Mapping[str, prompt_tools.Clicks] | None = None,
+    clicks: Mapping[str, click_tools.Clicks] | None = None,
     count: int | None = None,
 ) -> PreparedCase:
     """Read, check and normalise a case; keep the slices that have a prompt.
@@ -55,7 +55,7 @@ def prepare_case(
         image_size: S of the backbone.
         logit_shape: of the backbone.
         rng: given, the slices are an augmented view, and prompts follow it.
-        clicks: all cases' clicks, of ``prompts.read_clicks``.
+        clicks: all cases' clicks, of ``clicks.read_clicks``.
         count: keep only so many slices, drawn by ``rng``; repeated where there are fewer.
 
     Raises:
@@ -63,6 +63,8 @@ def prepare_case(
     """
     if rng is not None and clicks is not None:
         raise ValueError("clicks belong to the image as it is; rng asks for an augmented view")
+    if rng is None and count is not None:
+        raise ValueError("count slices are drawn at random; this needs rng")
     label = None
     if clicks is None and (case.label is not None or protocol != "none"):
         label = read_label_volume(case, class_map, config.slice_axis)  # before the larger images
@@ -77,14 +79,18 @@ def prepare_case(
     working = None if label is None else frames.labels_to_working_depth(label.voxels, geometry, classes_of)
 
     clicked = Prompts()
+    visible = np.flatnonzero(np.any([volume.any(axis=(1, 2)) for volume in voxels.values()], axis=0))
     if clicks is not None:
-        table = prompt_tools.case_clicks(clicks, case.case_id)
-        slices, clicked = prompt_tools.from_clicks(table, case.case_id, reference, protocol, geometry.depths)
+        table = click_tools.case_clicks(clicks, case.case_id)
+        slices, clicked = click_tools.from_clicks(table, case.case_id, reference, protocol, geometry)
+        if protocol in configs.EVERY_SLICE:
+            kept = np.isin(slices, visible)
+            slices, clicked = slices[kept], Prompts(*(None if value is None else value[kept] for value in clicked))
     elif protocol in configs.EVERY_SLICE or working is None:
-        slices = np.flatnonzero(np.any([volume.any(axis=(1, 2)) for volume in voxels.values()], axis=0))
+        slices = visible
     else:
         slices = np.flatnonzero(np.any(working, axis=(1, 2)))
-    if count is not None and rng is not None and len(slices):
+    if rng is not None and count is not None and len(slices):
         slices = np.sort(rng.choice(slices, count, replace=len(slices) < count))
     images = _slice_images(voxels, channels, slices, config.adjacent_slices)
     labels = None if working is None else working[slices]

@@ -1,27 +1,14 @@
-"""Prompts: CalSAM's protocol, derived from reference labels, and a user's own clicks from a file."""
+"""Prompts placed on reference labels, jittered as a user's would be, and drawn as maps."""
 
-import csv
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import functools
+from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
 
-from calsegx.interfaces import Case, DataError, Prompts, Volume
+from calsegx.interfaces import Prompts
 
 BACKGROUND, FOREGROUND, BOX_START, BOX_END, PADDING = 0, 1, 2, 3, -1
-_COLUMNS = ("case_id", "i", "j", "k", "label")
-
-
-@dataclass(frozen=True)
-class Clicks:
-    """The clicks of one case, as the file gives them."""
-
-    path: Path
-    lines: np.ndarray  # [N] line numbers in the file
-    voxels: np.ndarray  # [N, 3] 0-based indices along the image file's own axes
-    labels: np.ndarray  # [N] 1 foreground, 0 background, 2 and 3 two opposite corners of a box
 
 
 def points_from_labels(foreground: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -67,114 +54,73 @@ def boxes_from_labels(foreground: np.ndarray) -> np.ndarray:
     return boxes
 
 
-def read_clicks(path: Path) -> dict[str, Clicks]:
-    """A user's clicks: a tab-separated file with the columns ``case_id i j k label``.
+def jitter(
+    prompts: Prompts,
+    rng: np.random.Generator,
+    amount: float,
+    size: int,
+    part: tuple[int, int] | None = None,
+) -> Prompts:
+    """Prompts as an inexact user gives them: MedSAM's jitter of boxes, and the like for points.
 
-    ``i j k`` are 0-based voxel indices along the image file's own axes, as viewers show them.  Labels: 1
-    foreground, 0 background, 2 and 3 two opposite corners of a box (in one slice of the working orientation).
-
-    Raises:
-        DataError: naming the line and column of what is wrong.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(stream, delimiter="\t")]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"The clicks file {path} cannot be read ({error}); expected tab-separated text.") from error
-    if not rows or tuple(rows[0]) != _COLUMNS:
-        found = rows[0] if rows else "nothing"
-        raise DataError(f"{path}, line 1: expected the tab-separated columns {', '.join(_COLUMNS)}; got {found}.")
-    by_case: dict[str, list[tuple[int, ...]]] = {}
-    for line, row in enumerate(rows[1:], start=2):
-        if not any(row):
-            continue
-        if len(row) != len(_COLUMNS) or not row[0]:
-            raise DataError(f"{path}, line {line}: expected {len(_COLUMNS)} fields ({', '.join(_COLUMNS)}); got {row}.")
-        by_case.setdefault(row[0], []).append((line, *(_integer(path, line, n, row) for n in range(1, 5))))
-    if not by_case:
-        raise DataError(f"{path} holds no clicks; add one line per click.")
-    tables = {case_id: np.array(table) for case_id, table in by_case.items()}
-    return {case_id: Clicks(path, table[:, 0], table[:, 1:4], table[:, 4]) for case_id, table in tables.items()}
-
-
-def check_clicks(clicks: Mapping[str, Clicks], cases: Sequence[Case], protocol: str) -> None:
-    """Before any work: every case has clicks, every click a case, and all are of the model's protocol.
-
-    Raises:
-        DataError: naming the case.
-    """
-    known = {case.case_id for case in cases}
-    for case_id in known:
-        case_clicks(clicks, case_id)
-    for case_id, table in clicks.items():
-        if case_id not in known:
-            raise DataError(f"{table.path}, line {table.lines[0]}: {case_id!r} is not among the cases to predict.")
-        _check_protocol(table, case_id, protocol)
-
-
-def case_clicks(clicks: Mapping[str, Clicks], case_id: str) -> Clicks:
-    """The clicks of one case.
-
-    Raises:
-        DataError: when there are none.
-    """
-    if case_id not in clicks:
-        path = next(iter(clicks.values())).path if clicks else "The clicks file"
-        raise DataError(f"{path} has no clicks for case {case_id!r}; add some, or leave the case out.")
-    return clicks[case_id]
-
-
-def from_clicks(
-    table: Clicks, case_id: str, volume: Volume, protocol: str, depths: tuple[int, int] | None = None
-) -> tuple[np.ndarray, Prompts]:
-    """Slices int ``[n]`` with clicks, and their prompts in native ``(x, y)`` pixels.
-
-    With points a slice has at least one foreground point; the slices' points are padded (label -1) to the same
-    number, at least two.  With ``gt_box`` a slice has one corner 2 and one corner 3.  With ``volume_points`` the
-    clicks are those of the volume, and every slice gets all of them.
+    With ``j = amount * size`` every side of a box moves outwards by U(0, j), and every point by U(-j, j) along each
+    axis, both then clipped to the slice.  Labels stay as they are, so a foreground point may leave its object.
 
     Args:
-        table: of ``read_clicks``.
-        case_id: for messages.
-        volume: the image's grid.
-        protocol: the model's.
-        depths: number of slices of the file and of the working grid that is asked for; None: the file's own.
+        prompts: in frame pixels, of one slice or of several.
+        rng: draws the same numbers for the same shapes.
+        amount: j as a fraction of the frame's side, from 0 to below 1; MedSAM's is 20 / 1024.
+        size: S of the frame.
+        part: (height, width) of the frame that the slice fills; None: all of it.
+    """
+    height, width = part or (size, size)
+    limit = np.array([width, height], np.float32)
+    points, boxes = prompts.points, prompts.boxes
+    if points is not None:
+        moved = points + rng.uniform(-amount * size, amount * size, points.shape)
+        is_point = np.asarray(prompts.labels)[..., None] != PADDING
+        points = np.where(is_point, np.clip(moved, 0, limit), points).astype(np.float32)
+    if boxes is not None:
+        outwards = np.array([-1, -1, 1, 1]) * rng.uniform(0, amount * size, boxes.shape)
+        boxes = np.clip(boxes + outwards, 0, np.tile(limit, 2)).astype(np.float32)
+    return prompts._replace(points=points, boxes=boxes)
+
+
+def jitter_of(amount: float, size: int) -> Callable[[Prompts, np.random.Generator], Prompts] | None:
+    """``jitter`` by ``amount`` of a frame of ``size`` pixels; None where the amount is 0."""
+    return functools.partial(jitter, amount=amount, size=size) if amount else None
+
+
+def guided_maps(points: np.ndarray, labels: np.ndarray, shape: tuple[int, int], sigma: float) -> np.ndarray:
+    """Points as images, for networks that take their prompts as input channels (guided U-Nets).
+
+    ``G_c(x, y) = max_i exp(-((x - x_i)^2 + (y - y_i)^2) / (2 sigma^2))`` over the points ``i`` of kind ``c``: 1 at a
+    point, 0 everywhere in a slice without points of the kind.  The maximum, not the sum, keeps the peak 1 where points
+    lie close together.
+
+    Args:
+        points: ``[n, N, 2]`` ``(x, y)`` pixels.
+        labels: ``[n, N]``: 1 foreground, 0 background, -1 no point.
+        shape: (H, W).
+        sigma: in pixels, above 0.
+
+    Returns:
+        float32 ``[n, H, W, 2]``: foreground, background.
 
     Raises:
-        DataError: for clicks outside the image or incomplete slices.
+        ValueError: for a sigma that is not above 0.
     """
-    _check_protocol(table, case_id, protocol)
-    working = _to_working(table, case_id, volume)
-    if depths is not None:  # the working slice that holds the middle of the file's
-        working[:, 0] = (2 * working[:, 0] + 1) * depths[1] // (2 * depths[0])
-    slices = np.unique(working[:, 0])
-    if protocol == "volume_points":
-        return _on_every_slice(table, case_id, working, depths[1] if depths else len(volume.voxels))
-    if protocol == "gt_box":
-        return slices, Prompts(boxes=_boxes(table, case_id, working, slices))
-    most = max(2, *(np.count_nonzero(working[:, 0] == number) for number in slices))
-    points = np.zeros((len(slices), most, 2), np.float32)
-    labels = np.full((len(slices), most), PADDING, np.int32)
-    for row, number in enumerate(slices):
-        here = np.flatnonzero(working[:, 0] == number)
-        _check_foreground(table, case_id, here, "the slice of this click")
-        points[row, : len(here)] = working[here][:, [2, 1]]
-        labels[row, : len(here)] = table.labels[here]
-    return slices, Prompts(points=points, labels=labels)
-
-
-def _on_every_slice(table: Clicks, case_id: str, working: np.ndarray, depth: int) -> tuple[np.ndarray, Prompts]:
-    _check_foreground(table, case_id, np.arange(len(working)), "the volume")
-    points = np.tile(working[:, [2, 1]].astype(np.float32), (depth, 1, 1))
-    return np.arange(depth), Prompts(points=points, labels=np.tile(table.labels.astype(np.int32), (depth, 1)))
-
-
-def _check_foreground(table: Clicks, case_id: str, rows: np.ndarray, where: str) -> None:
-    if FOREGROUND not in table.labels[rows]:
-        raise DataError(
-            f"{table.path}, line {table.lines[rows[0]]}: {where} in case {case_id!r} has only background clicks; add a "
-            "foreground click (label 1)."
-        )
+    if not sigma > 0:
+        raise ValueError(f"sigma must be above 0; got {sigma}")
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    maps = np.zeros((len(points), *shape, 2), np.float32)
+    for image, of_slice, kinds in zip(maps, points, labels, strict=True):
+        for (x, y), kind in zip(of_slice, kinds, strict=True):
+            if kind != PADDING:
+                channel = image[..., 0 if kind == FOREGROUND else 1]
+                peak = np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * sigma**2))
+                np.maximum(channel, peak, out=channel, casting="same_kind")
+    return maps
 
 
 def _centre(mask: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, float]:
@@ -184,66 +130,3 @@ def _centre(mask: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, f
         distance = np.square((pixels - centroid) * spacing_mm).sum(axis=1)
         centroid = pixels[np.argmin(distance)]
     return centroid[1], centroid[0]
-
-
-def _boxes(table: Clicks, case_id: str, working: np.ndarray, slices: np.ndarray) -> np.ndarray:
-    boxes = np.zeros((len(slices), 4), np.float32)
-    for row, number in enumerate(slices):
-        here = np.flatnonzero(working[:, 0] == number)
-        if sorted(table.labels[here]) != [BOX_START, BOX_END]:
-            raise DataError(
-                f"{table.path}, line {table.lines[here[0]]}: a slice of case {case_id!r} needs one corner of label 2 "
-                f"and one of label 3; got the labels {table.labels[here].tolist()}."
-            )
-        corners = working[here][:, [2, 1]]
-        if (corners[0] == corners[1]).any():
-            raise DataError(
-                f"{table.path}, line {table.lines[here[0]]}: the box in case {case_id!r} has no area; give two "
-                "opposite corners."
-            )
-        boxes[row] = *corners.min(axis=0), *corners.max(axis=0)  # in any order of the corners
-    return boxes
-
-
-def _to_working(table: Clicks, case_id: str, volume: Volume) -> np.ndarray:
-    """``[N, 3]`` indices (slice, row, column) of clicks given along the file's axes."""
-    working = np.empty_like(table.voxels)
-    for axis, (target, flip) in enumerate(volume.orientation.astype(int)):
-        size = volume.voxels.shape[target]
-        index = table.voxels[:, axis]
-        outside = np.flatnonzero((index < 0) | (index >= size))
-        if len(outside):
-            first = outside[0]
-            raise DataError(
-                f"{table.path}, line {table.lines[first]}, column {'ijk'[axis]}: {index[first]} is outside the image "
-                f"of case {case_id!r}; expected a voxel index from 0 to {size - 1}, not millimetres."
-            )
-        working[:, target] = index if flip == 1 else size - 1 - index
-    return working
-
-
-def _check_protocol(table: Clicks, case_id: str, protocol: str) -> None:
-    box = (table.labels == BOX_START) | (table.labels == BOX_END)
-    wrong = np.flatnonzero(~box if protocol == "gt_box" else box)
-    if len(wrong):
-        kind, labels = ("boxes", "2 and 3") if protocol == "gt_box" else ("points", "0 and 1")
-        raise DataError(
-            f"{table.path}, line {table.lines[wrong[0]]}: the model was trained with {kind} (protocol {protocol}); "
-            f"expected the labels {labels} in case {case_id!r}, got {table.labels[wrong[0]]}."
-        )
-
-
-def _integer(path: Path, line: int, column: int, row: Sequence[str]) -> int:
-    try:
-        value = int(row[column])
-    except ValueError as error:
-        raise DataError(
-            f"{path}, line {line}, column {_COLUMNS[column]}: {row[column]!r} is not an integer; expected "
-            + ("a label 0..3." if column == 4 else "a 0-based voxel index.")
-        ) from error
-    if column == 4 and value not in (BACKGROUND, FOREGROUND, BOX_START, BOX_END):
-        raise DataError(
-            f"{path}, line {line}, column label: {value}; expected 1 (foreground), 0 (background), 2 or 3 (box "
-            "corners)."
-        )
-    return value

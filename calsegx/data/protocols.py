@@ -75,7 +75,8 @@ def on_every_slice(
     if volume_labels is not None:
         pair, kind = volume_pair(volume_labels > 0, spacing_mm)
         homogeneous = np.concatenate([pair, np.ones((2, 1))], axis=1)
-        points = np.einsum("nij,pj->npi", moves, homogeneous)[..., :2].astype(np.float32)
+        moved = np.einsum("nij,pj->npi", moves, homogeneous)[..., :2]
+        points = np.clip(moved, 0, [width - 1, height - 1]).astype(np.float32)  # a rotation turns corners out
         prompts["volume_points"] = Prompts(points=points, labels=np.tile(kind, (len(moves), 1)))
     return prompts
 

@@ -128,8 +128,9 @@ def to_native(
     slices: Int[np.ndarray, " n"] | Sequence[int],
     geometry: frames.FrameGeometry,
 ) -> Float[np.ndarray, "D H W K"]:
-    """``to_volume`` on the working grid's slices, then linearly between them to the slices of the file."""
-    return frames.from_working_depth(to_volume(slice_probabilities, slices, geometry.depths[1]), geometry)
+    """``to_volume`` on the working grid's slices, then ``frames.from_working_depth``: the slices of the file."""
+    volume = to_volume(slice_probabilities, slices, geometry.depths[1])
+    return frames.from_working_depth(volume, geometry, np.asarray(slices))
 
 
 def segment(foreground: Float[np.ndarray, "*spatial K"]) -> UInt8[np.ndarray, "*spatial"]:

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from calsegx import __version__, files
-from calsegx.evaluation import compare, evaluate, figures, methods, tables
+from calsegx.evaluation import compare, evaluate, figures, methods, robustness, tables
 from calsegx.evaluation import verdict as findings
 from calsegx.evaluation.verdict import Picture, Record, headline, verdict
 
@@ -51,6 +51,11 @@ def write_report(path: Path, record: Record) -> None:
         "papers_region": evaluate.PAPERS_REGION,
         "scatter": _scatter(record),
         "training": _training(record),
+        "jittered": _jittered(record),
+        "jitter_columns": [
+            f"{findings.label(metric, region)}{' (points)' if metric == evaluate.DSC else ''}, {amount:g}"
+            for metric, region, amount in _jitter_columns(record)
+        ],
         "gallery": [(picture.caption, figures.data_uri(picture.png)) for picture in record.gallery],
     }
     files.write_atomically(path, environment.get_template("report.html.j2").render(content))
@@ -131,6 +136,29 @@ def _scatter(record: Record) -> str | None:
             dice, ece = (means.get((domain, method, *m), math.nan) for m in (findings.DSC, findings.ECE))
             points.setdefault(findings.where(record, domain), {})[method] = (dice, ece)
     return figures.data_uri(figures.dice_against_ece(points, findings.MAIN_REGION)) if points else None
+
+
+def _jitter_columns(record: Record) -> list[tuple[str, str, float]]:
+    return list(dict.fromkeys((line.metric, line.region, line.amount) for line in record.jittered))
+
+
+def _jittered(record: Record) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """``(domain, [(method, cells)])``, the cells by metric and amount."""
+    found = {(line.domain, line.method, line.metric, line.region, line.amount): line for line in record.jittered}
+    names = methods.order(line.method for line in record.jittered)
+
+    def cell(line: robustness.Line) -> str:
+        column = next(c for c in tables.COLUMNS if (c.metric, c.region) == (line.metric, line.region))
+        return tables.number(column, line.mean, line.sd_draws)
+
+    return [
+        (
+            findings.where(record, domain),
+            [(n, [cell(found[domain, n, *column]) for column in _jitter_columns(record)]) for n in names],
+        )
+        for domain in findings.domains(record)
+        if any(line.domain == domain for line in record.jittered)
+    ]
 
 
 def _training(record: Record) -> str | None:

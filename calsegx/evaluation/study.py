@@ -211,7 +211,8 @@ def predictions(
     Zero-shot SAM knows no classes, so it takes part in binary problems only.
     """
     for name, guess in guesses.items():
-        yield name, NO_SEED, frames.from_working_depth(guess(subject.prompted), subject.geometry)
+        guessed = guess(subject.prompted)
+        yield name, NO_SEED, frames.from_working_depth(guessed, subject.geometry, subject.prompted.slices)
     if len(study.class_map.names) == 1 and study.backbone.zero_shot is not None:
         logits = slice_logits(study, study.zero_shot, {}, subject)
         yield methods.VANILLA, NO_SEED, foreground(subject, logits)

@@ -246,6 +246,7 @@ def write_summary(
     source: str,
     targets: Sequence[str],
     paths: Mapping[str, tuple[str, str]] | None = None,
+    prompt_jitter: Sequence[Any] = (),
     about: Mapping[str, Any] | None = None,
 ) -> None:
     """``summary.json``: nnU-Net's keys for one method, and everything else under ``calsegx``.
@@ -261,6 +262,7 @@ def write_summary(
         source: the source domain.
         targets: the target domains.
         paths: case id -> (prediction file, reference file); null where not given.
+        prompt_jitter: ``robustness.Line``s, under ``calsegx``; empty: not asked for, and left out.
         about: more to say under ``calsegx``.
     """
     labels = {name: str(index) for index, name in enumerate(class_names, start=1)}
@@ -291,6 +293,7 @@ def write_summary(
             "method": method,
             "summary": [dataclasses.asdict(summary) for summary in evaluate.summarise(rows)],
             "gaps": [dataclasses.asdict(gap) for gap in gaps],
+            **({"prompt_jitter": [dataclasses.asdict(line) for line in prompt_jitter]} if prompt_jitter else {}),
             **(about or {}),
         },
     }

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from calsegx.evaluation import compare, evaluate, methods
+from calsegx import configs
+from calsegx.evaluation import compare, evaluate, methods, robustness
 from calsegx.metrics import calibration
 
 MAIN_REGION, FIXED_REGION = "p>0.01", "dilated"
@@ -40,6 +41,13 @@ class Record:
     statistics: Mapping[tuple[str, str, str], calibration.CalibrationStatistics] = field(default_factory=dict)
     logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # run -> records of metrics.jsonl
     gallery: Sequence[Picture] = ()
+    protocol: str = "gt_points"  # how prompts were placed
+    jittered: Sequence[robustness.Line] = ()  # with prompts that were moved at random; empty: not asked for
+
+    @property
+    def every_slice(self) -> bool:
+        """Whether every slice was prompted, so that no prompt-only guess can be made."""
+        return self.protocol in configs.EVERY_SLICE
 
     @functools.cached_property
     def comparisons(self) -> list[compare.Comparison]:
@@ -93,6 +101,7 @@ def verdict(record: Record) -> list[str]:
             for method in dict.fromkeys(c.method for c in record.comparisons)
             if (domain, method, methods.BASELINE, *DSC) in found
         ),
+        *_unguessed(record),
         *(_beaten(record, domain) for domain in domains(record)),
         *(sentence for domain in domains(record) for sentence in _not_beaten(record, domain)),
         *_undefined(record),
@@ -178,6 +187,15 @@ def _missing(record: Record) -> list[str]:
     if methods.BASELINE + methods.CALIBRATED not in present:
         sentences.append("Not evaluated: SAM-FT with temperature scaling, which alone often repairs most of the ECE.")
     return sentences
+
+
+def _unguessed(record: Record) -> list[str]:
+    if not record.every_slice:
+        return []
+    return [
+        f"Prompt-only guesses: not made, because the protocol {record.protocol} prompts every slice, whether it has "
+        "foreground or not."
+    ]
 
 
 def _addition(record: Record, found: Mapping, domain: str, method: str) -> str:

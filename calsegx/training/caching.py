@@ -8,7 +8,7 @@ two; the device holds two batches.
 import collections
 import functools
 import shutil
-import zlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from types import TracebackType
@@ -20,9 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from calsegx import features, sharding
-from calsegx.data import cases as case_tools
 from calsegx.data import frames, preprocessing
 from calsegx.interfaces import Backbone, Case, DataError, InputError, UsageError
+from calsegx.training import cache_jobs
 from calsegx.training import progress as progress_bar
 
 Prepare = Callable[[Case, np.random.Generator | None], "preprocessing.PreparedCase"]
@@ -32,6 +32,7 @@ Prepare = Callable[[Case, np.random.Generator | None], "preprocessing.PreparedCa
 CPU_TOKENS = 4096
 ACCELERATOR_TOKENS = 8 * CPU_TOKENS
 MOST_SLICES = 16  # per device and call: a case's last batch is filled up with zeros, which cost as much as slices
+SECONDS_BETWEEN_LOOKS = 0.5  # at what other processes compute
 IN_FLIGHT = 2  # batches on the device: one is computed while the one before is copied
 
 
@@ -39,15 +40,8 @@ class CacheCounts(NamedTuple):
     """What ``fill_cache`` did."""
 
     computed: int  # views of cases that were encoded
-    present: int  # views of cases that were there already
+    present: int  # views of cases that were there already, or were computed by another process meanwhile
     slices: int  # slices that were encoded
-
-
-class _Job(NamedTuple):
-    case: Case
-    view: str
-    fingerprint: str
-    rng: np.random.Generator | None
 
 
 class _Prepared(NamedTuple):
@@ -87,11 +81,6 @@ class _Writer:
             self._running.result()
 
 
-def view_names(count: int) -> list[str]:
-    """``["view0", ...]``: the first is unaugmented."""
-    return [f"view{index}" for index in range(count)]
-
-
 def fill_cache(
     cache: features.FeatureCache,
     cases: Sequence[tuple[Case, int]],
@@ -108,7 +97,8 @@ def fill_cache(
     """Encode every slice of every view that the cache does not hold yet.
 
     What is there already, from the same files, is left alone, so an interrupted call is continued by the next
-    one. View 0 is unaugmented; view v of a case draws from ``np.random.default_rng([seed, v,
+    one.  Of several processes that fill one cache, each computes what no other is at work on, and waits for the rest at
+    the end.  View 0 is unaugmented; view v of a case draws from ``np.random.default_rng([seed, v,
     crc32(case_id)])``, which makes it independent of the other cases and of their order.
 
     Args:
@@ -131,70 +121,79 @@ def fill_cache(
         InputError: when the disk refuses, before the next batch.  Every view is in the cache whole or not at all, also
             after Ctrl-C.
     """
-    jobs, present = _missing(cache, cases, seed)
+    jobs, present = cache_jobs.missing(cache, cases, seed)
     if not jobs:
         return CacheCounts(0, present, 0)
     encode = case_encoder(backbone, batch_size, mesh)
-    slices, refused = 0, {}
+    total, done, computed, slices, refused, waits = len(jobs), 0, 0, 0, {}, False
 
     def check() -> None:
         between()
         writer.check()
 
+    def write(case_id: str, view: str, **content: Any) -> None:
+        cache.write(case_id, view, **content)
+        claims.give_back(case_id, view)
+
     with (
-        progress_bar.Progress("Encoding", len(jobs), "views", quiet=not progress) as bar,
+        progress_bar.Progress("Encoding", total, "views", quiet=not progress) as bar,
+        cache_jobs.Claims(cache) as claims,
         futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as reader,
-        _Writer(cache.write) as writer,
+        _Writer(write) as writer,
     ):
-        for done, (job, prepared) in enumerate(_prepared_ahead(reader, jobs, prepare, num_classes), start=1):
-            bar.update(done, job.case.case_id)
-            if isinstance(prepared, InputError):
-                if job.case.case_id not in refused:
-                    bar.say(f"refused {job.case.case_id}: {prepared}")
-                refused[job.case.case_id] = prepared
-                continue
-            count = len(prepared.case.slices)
-            if slices == 0:
-                bar.say(_size_line(cache, len(jobs), present, count, backbone.feature_shape))
-            writer.submit(
-                job.case.case_id,
-                job.view,
-                features=encode(prepared.case, check),
-                labels=prepared.labels,
-                slices=prepared.case.slices,
-                prompts=prepared.case.prompts,
-                fingerprint=job.fingerprint,
-            )
-            slices += count
-        writer.finish()
+        while jobs:
+            elsewhere: list[cache_jobs.Job] = []
+            mine = claims.take(jobs, elsewhere)
+            for job, prepared in _prepared_ahead(reader, mine, prepare, num_classes):
+                done += 1
+                bar.update(done, job.case.case_id)
+                if isinstance(prepared, InputError):
+                    if job.case.case_id not in refused:
+                        bar.say(f"refused {job.case.case_id}: {prepared}")
+                    refused[job.case.case_id] = prepared
+                    claims.give_back(job.case.case_id, job.view)
+                    continue
+                count, start = len(prepared.case.slices), time.monotonic()
+                if computed == 0:
+                    bar.say(_size_line(cache, total, present, count, backbone.feature_shape))
+                computed, slices = computed + 1, slices + count
+                writer.submit(
+                    job.case.case_id,
+                    job.view,
+                    features=encode(prepared.case, check),
+                    labels=prepared.labels,
+                    slices=prepared.case.slices,
+                    prompts=prepared.case.prompts,
+                    fingerprint=job.fingerprint,
+                )
+                if computed == 2:  # the first included compilation
+                    bar.say(_time_line(time.monotonic() - start, total - computed))
+            writer.finish()
+            # No claim is held here, so that processes never wait for each other in a circle.
+            if elsewhere and not waits:
+                bar.say(f"Waiting for {len(elsewhere)} views that other processes compute.")
+                waits = True
+            elif len(elsewhere) == len(jobs):
+                check()
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            jobs = elsewhere
+        if done < total:
+            bar.update(total)
     if refused:
         name, error = next(iter(refused.items()))
         raise DataError(
             f"{len(refused)} of {len(cases)} cases cannot be used, the others are in the cache; the first is {name!r}: "
             f"{error}"
         ) from error
-    return CacheCounts(len(jobs), present, slices)
-
-
-def _missing(cache: features.FeatureCache, cases: Sequence[tuple[Case, int]], seed: int) -> tuple[list[_Job], int]:
-    jobs, present = [], 0
-    for case, views in cases:
-        fingerprint = case_tools.fingerprint(case)
-        for index, view in enumerate(view_names(views)):
-            if cache.has(case.case_id, view, fingerprint):
-                present += 1
-                continue
-            key = [seed, index, zlib.crc32(case.case_id.encode())]
-            jobs.append(_Job(case, view, fingerprint, np.random.default_rng(key) if index else None))
-    return jobs, present
+    return CacheCounts(computed, present + total - computed, slices)
 
 
 def _prepared_ahead(
-    reader: futures.Executor, jobs: Iterable[_Job], prepare: Prepare, num_classes: int
-) -> Iterator[tuple[_Job, _Prepared | InputError]]:
+    reader: futures.Executor, jobs: Iterable[cache_jobs.Job], prepare: Prepare, num_classes: int
+) -> Iterator[tuple[cache_jobs.Job, _Prepared | InputError]]:
     """Prepare one case ahead in the reader's thread; a case that cannot be used comes as the error that says why."""
 
-    def prepared(job: _Job) -> _Prepared | InputError:
+    def prepared(job: cache_jobs.Job) -> _Prepared | InputError:
         try:
             case = prepare(job.case, job.rng)
             return _Prepared(case, _low_resolution(case, num_classes))
@@ -226,27 +225,44 @@ def encoder_batch(asked: int, feature_shape: Sequence[int], mesh: Mesh) -> int:
 def case_encoder(backbone: Backbone, batch_size: int, mesh: Mesh) -> Callable[..., np.ndarray]:
     """Compile ``(prepared case, between) -> features [n, h, w, C]`` bfloat16, as the cache holds them.
 
-    Prediction uses it too.  Slices go through the encoder in batches of one shape (``encoder_batch``; 0: automatic),
-    split over the devices; the last is filled up with zeros.  A batch starts before the one before it is copied to
-    the host, and no more than ``IN_FLIGHT`` are on the device.  ``between`` is called before each batch; it may raise.
+    Prediction uses it too.  As ``frame_encoder``, to which ``batch_size`` (0: automatic) and ``between`` go.
     """
     batch_size = encoder_batch(batch_size, backbone.feature_shape, mesh)
+    encode = frame_encoder(backbone, batch_size, mesh)
+
+    def encode_case(prepared: "preprocessing.PreparedCase", between: Callable[[], None] = lambda: None) -> np.ndarray:
+        def framed(first: int) -> np.ndarray:
+            images = prepared.images[first : first + batch_size]
+            return frames.to_frame(images, prepared.geometry, backbone.pixel_mean, backbone.pixel_std)
+
+        return encode(len(prepared.slices), framed, between)
+
+    return encode_case
+
+
+def frame_encoder(backbone: Backbone, batch_size: int, mesh: Mesh) -> Callable[..., np.ndarray]:
+    """Compile ``(n, framed, between) -> features [n, h, w, C]`` bfloat16; ``framed(first)`` gives a batch of frames.
+
+    Slices go through the encoder in batches of one shape (``batch_size`` of ``encoder_batch``), split over the devices;
+    the last is filled up with zeros.  A batch starts before the one before it is copied to the host, and no more than
+    ``IN_FLIGHT`` are on the device.  ``between`` is called before each batch; it may raise.
+    """
     place, compiled = batch_encoder(backbone, mesh)
     params = jax.device_put(backbone.encoder, place)
 
-    def start(prepared: "preprocessing.PreparedCase", first: int) -> jax.Array:
-        images = prepared.images[first : first + batch_size]
-        framed = frames.to_frame(images, prepared.geometry, backbone.pixel_mean, backbone.pixel_std)
+    def start(framed: np.ndarray) -> jax.Array:
         filled = np.zeros((batch_size, *framed.shape[1:]), np.float32)
         filled[: len(framed)] = framed
         return compiled(params, sharding.shard_batch(mesh, filled))
 
-    def encode(prepared: "preprocessing.PreparedCase", between: Callable[[], None] = lambda: None) -> np.ndarray:
-        encoded = np.empty((len(prepared.slices), *backbone.feature_shape), features.BFLOAT16)
+    def encode(
+        count: int, framed: Callable[[int], np.ndarray], between: Callable[[], None] = lambda: None
+    ) -> np.ndarray:
+        encoded = np.empty((count, *backbone.feature_shape), features.BFLOAT16)
         running: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
-        for first in range(0, len(encoded), batch_size):
+        for first in range(0, count, batch_size):
             between()
-            running.append((encoded[first : first + batch_size], start(prepared, first)))
+            running.append((encoded[first : first + batch_size], start(framed(first))))
             if len(running) == IN_FLIGHT:
                 _copy(*running.popleft())
         while running:
@@ -317,4 +333,10 @@ def _size_line(
     return (
         f"Feature cache {cache.root}: {missing} views of cases to compute ({present} are there), about "
         f"{slices} slices each: about {estimate:.2f} GB of {free:.1f} GB free."
+    )
+
+
+def _time_line(seconds: float, left: int) -> str:
+    return (
+        f"A view takes about {seconds:.1f} s, the {left} that are left about {progress_bar.duration(seconds * left)}."
     )

@@ -40,8 +40,8 @@ _MANIFEST = "manifest.json"
 # What may change between the parts of one run.  Whether the data and the weights are still the same is seen from their
 # fingerprints, wherever they lie.
 MAY_DIFFER = ("config.log_every", "config.save_every", "config.validate_every", "config.export", "config.tensorboard",
-              "config.data.root", "config.data.splits", "config.data.cache", "config.model.weights",
-              "config.model.encoder_batch", "config.model.shards")  # fmt: skip
+              "config.data.root", "config.data.splits", "config.data.cache", "config.data.workers",
+              "config.model.weights", "config.model.encoder_batch", "config.model.shards")  # fmt: skip
 MAY_ROUND = ("devices", "config.microbatch")  # may change too, but sums round differently then, which is said
 
 

@@ -1,12 +1,10 @@
 """What is tried out before a run starts."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from calsegx import configs
-from calsegx import features as feature_cache
-from calsegx.data import pipeline
-from calsegx.interfaces import Backbone, InputError
+from calsegx.interfaces import Backbone, Batch, InputError
 from calsegx.losses import fisher
 from calsegx.training import step as train_step
 
@@ -16,13 +14,12 @@ LARGEST_PERTURBED_ERROR = 0.1  # of the gradient of the penalty, in the Fisher m
 def check_second_derivative(
     config: configs.TrainConfig,
     backbone: Backbone,
-    cache: feature_cache.FeatureCache,
-    case_ids: Sequence[str],
+    probe: Callable[[], Batch],
     objective: train_step.Objective,
 ) -> str:
     """Without a second derivative the penalty would silently be wrong; find out on two slices.
 
-    The mode ``perturbed`` is compared with the exact one there, at the full weight.
+    ``probe`` gives them.  The mode ``perturbed`` is compared with the exact one there, at the full weight.
 
     Returns:
         What to tell the user where the mode needs no such check, or nothing.
@@ -34,7 +31,7 @@ def check_second_derivative(
     # With the data's labels: one drawn from the model might flip between the steps of the difference.
     config = dataclasses.replace(config, fisher=dataclasses.replace(config.fisher, labels="empirical"))
     loss_fn = train_step.make_loss_fn(backbone.decode, objective, config)
-    batch, _ = pipeline.evaluation_batches(cache, case_ids, 2, config.protocol, 1)[0]
+    batch = probe()
     arguments = backbone.trainable, batch.features, backbone.frozen, batch.labels, batch.prompts
     try:
         fisher.second_derivative_check(loss_fn, *arguments)

@@ -15,15 +15,17 @@ from jax.sharding import Mesh
 
 from calsegx import configs, files, sharding
 from calsegx import features as feature_cache
-from calsegx.data import pipeline
+from calsegx.data import online as online_data
+from calsegx.data import pipeline, prompts
 from calsegx.interfaces import Backbone, Batch, InputError, UsageError
 from calsegx.losses import augmented_lagrangian, fisher
-from calsegx.training import caching, checkpoints, checks, interruption, metrics_log, model_folder, progress
+from calsegx.training import cache_jobs, checkpoints, checks, interruption, metrics_log, model_folder, progress
 from calsegx.training import state as train_state
 from calsegx.training import step as train_step
 
 VALIDATION_BATCHES = 16  # at most; always the same ones
 FAILED_BATCH = "failed_batch.json"
+TrainingData = pipeline.TrainingData | online_data.OnlineData
 
 
 @dataclass
@@ -59,6 +61,7 @@ def train(
     metadata: Mapping[str, Any],
     stop: interruption.Stop | None = None,
     allow_config_change: bool = False,
+    online: online_data.OnlineData | None = None,
 ) -> dict[str, Any]:
     """Train the decoder on cached features; write checkpoints, ``metrics.jsonl`` and ``model/``.
 
@@ -79,6 +82,7 @@ def train(
         metadata: JSON values that go into ``model/model.json``: class names, channels, geometry, ...
         stop: asked after every step; when it is requested the step is saved and ``interruption.Interrupted`` raised.
         allow_config_change: go on although configuration or data have changed; the changes are said.
+        online: what to train on in place of cached views of the training cases.
 
     Returns:
         ``steps``, ``loss`` (of the last step; None when nothing was left to do), ``validation_loss`` (None
@@ -97,11 +101,12 @@ def train(
     with (
         progress.Progress(f"Training {config.method}", config.steps, "steps", quiet=not first) as bar,
         checkpoints.Checkpoints(folder, bar.say) as saved,
+        contextlib.ExitStack() as resources,
     ):
         # ------------------------------------------------------------------------------------------ data
         sharding.check_batch_size(mesh, config.batch_size)
-        views, share = caching.view_names(config.data.views), sharding.process()
-        data = pipeline.training_data(
+        views, share = cache_jobs.view_names(config.data.views), sharding.process()
+        data = online or pipeline.training_data(
             cache,
             train_case_ids,
             views,
@@ -110,6 +115,7 @@ def train(
             config.protocol,
             share=share,
             paired=getattr(objective.task, "paired", False),
+            jitter=prompts.jitter_of(config.prompt_jitter, backbone.image_size),
         )
         validation = pipeline.evaluation_batches(
             cache, val_case_ids, config.batch_size, config.protocol, VALIDATION_BATCHES, share
@@ -131,13 +137,15 @@ def train(
         take_step = train_step.make_train_step(*network, objective, config, optimizer, mesh)
         evaluate = train_step.make_eval_step(*network, objective.task, mesh)
         constrain = train_step.make_constraint_step(*network, config, mesh)
-        note = checks.check_second_derivative(config, backbone, cache, train_case_ids, objective)
+        cached = cache, train_case_ids, 2, config.protocol, 1
+        probe = online.probe if online else lambda: pipeline.evaluation_batches(*cached)[0][0]
+        note = checks.check_second_derivative(config, backbone, probe, objective)
 
         # ---------------------------------------------------------------------------------------- resume
         record = {
             "config": configs.to_dict(config),
             "backbone": backbone.fingerprint,
-            "training data": _data_fingerprint(cache, train_case_ids, views),
+            "training data": online.fingerprint if online else _data_fingerprint(cache, train_case_ids, views),
             "validation data": _data_fingerprint(cache, val_case_ids, views[:1]),
             "devices": mesh.size,
         }
@@ -158,7 +166,7 @@ def train(
         waiting: list[tuple[int, Mapping[str, jax.Array]]] = []
         text, loss, validation_loss = "", None, None
         bar.say(_start_line(config, train_case_ids, validation, mesh, start) + note)
-        batches = iter(data.batches(start))
+        batches = resources.enter_context(contextlib.closing(iter(data.batches(start))))
         for step in range(start + 1, config.steps + 1):
             with watch.memory_of_device(step):
                 state, measurements = take_step(state, sharding.shard_batch(mesh, next(batches)))
@@ -237,7 +245,7 @@ def _data_fingerprint(cache: feature_cache.FeatureCache, case_ids: Sequence[str]
 class _Watch:
     """What is said, and written to ``failed_batch.json``, when a step cannot be trained on."""
 
-    def __init__(self, path: Path, data: pipeline.TrainingData, saved: checkpoints.Checkpoints):
+    def __init__(self, path: Path, data: TrainingData, saved: checkpoints.Checkpoints):
         self._path, self._data, self._saved = path, data, saved
 
     def memory_of_device(self, step: int) -> contextlib.AbstractContextManager[None]:

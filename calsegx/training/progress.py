@@ -55,7 +55,7 @@ class Progress:
             now - self._last_line >= self._between or completed in (self.total, self._first)
         ):
             self._last_line = now
-            left = f", {_duration((self.total - completed) / rate)} left" if rate else ""
+            left = f", {duration((self.total - completed) / rate)} left" if rate else ""
             about = ", ".join(part for part in (speed + left, text) if part)
             self._console.print(
                 f"{self.title}: {completed}/{self.total} {self.unit} {about}".rstrip(), highlight=False, soft_wrap=True
@@ -75,7 +75,8 @@ class _Console(console.Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """``h:mm:ss``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -24,7 +24,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 HERE = "tests/data/test_bad_inputs.py::"
 NIFTI, LAYOUTS, CASES = "tests/data/test_nifti.py::", "tests/data/layouts/", "tests/data/test_cases.py::"
 FOLDS, SPLIT = "tests/data/test_folds.py::", "tests/launch/test_split.py::"
-VERIFY, PROMPTS = "tests/data/test_verify.py::", "tests/data/test_prompts.py::"
+VERIFY, CLICKS = "tests/data/test_verify.py::", "tests/data/test_clicks.py::"
+PROTOCOL = "tests/launch/test_every_protocol.py::"
 MAIN_JOB, CALIBRATOR = "tests/launch/test_main_job.py::", "tests/launch/test_every_calibrator.py::"
 TABLE = HERE + "test_in_verification"  # the rows of ROWS below
 
@@ -45,7 +46,7 @@ PROOFS = {
     14: (TABLE, NIFTI + "test_bad_volumes"),
     15: (TABLE, NIFTI + "test_bad_volumes"),
     16: (TABLE, NIFTI + "test_bad_volumes"),
-    17: (VERIFY + "test_axes", NIFTI + "test_round_trip_and_working_orientation"),
+    17: (VERIFY + "test_axes", "tests/data/test_round_trips.py::test_round_trip_and_working_orientation"),
     18: (TABLE, NIFTI + "test_flat_files_and_trailing_axes"),
     19: (VERIFY + "test_one_slice", NIFTI + "test_flat_files_and_trailing_axes"),
     20: (TABLE, VERIFY + "test_units", NIFTI + "test_units_become_millimetres"),
@@ -71,12 +72,21 @@ PROOFS = {
     33: (VERIFY + "test_domains", FOLDS + "test_small_or_incomplete_datasets_are_refused"),
     34: (CALIBRATOR + "test_what_is_tested_is_not_fitted_on", FOLDS + "test_leaks_are_refused"),
     35: (VERIFY + "test_a_split_without_foreground", FOLDS + "test_a_part_without_a_positive_case_is_refused"),
-    36: (PROMPTS + "test_clicks_that_do_not_fit", PROMPTS + "test_box_corners_in_any_order"),
-    37: (PROMPTS + "test_clicks_that_do_not_fit", PROMPTS + "test_bad_clicks_files"),
-    38: (PROMPTS + "test_clicks_that_do_not_fit",),
-    39: (PROMPTS + "test_check_clicks",),
-    40: (PROMPTS + "test_centroid_of_a_ring_snaps_into_it",),
-    41: (PROMPTS + "test_check_clicks", MAIN_JOB + "test_another_protocol_is_refused"),
+    36: (CLICKS + "test_clicks_that_do_not_fit", CLICKS + "test_json_boxes_that_do_not_fit"),
+    37: (
+        *(CLICKS + "test_clicks_that_do_not_fit", CLICKS + "test_bad_clicks_files", CLICKS + "test_bad_json"),
+        *(CLICKS + "test_bad_csv", PROTOCOL + "test_a_prompt_that_does_not_fit_leaves_no_mask"),
+    ),
+    38: (CLICKS + "test_units_that_were_mistaken_for_each_other_are_told_apart",),
+    39: (CLICKS + "test_check_clicks", PROTOCOL + "test_clicks_in_every_format_give_the_same_masks"),
+    40: (
+        "tests/data/test_prompts.py::test_centroid_of_a_ring_snaps_into_it",
+        "tests/data/test_protocols.py::test_points_lie_where_their_label_says",
+    ),
+    41: (
+        *(CLICKS + "test_check_clicks", CLICKS + "test_a_model_without_prompts_takes_no_clicks"),
+        *(PROTOCOL + "test_a_prompt_that_does_not_fit_leaves_no_mask", MAIN_JOB + "test_another_protocol_is_refused"),
+    ),
 }
 
 T1, T2, SEG = "s1_t1.nii.gz", "s1_t2.nii.gz", "s1_seg.nii.gz"

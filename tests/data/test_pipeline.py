@@ -1,11 +1,13 @@
 """Training batches: deterministic, from any step on, every slice once per epoch, shared out to processes."""
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from calsegx import features
-from calsegx.data import pipeline
+from calsegx.data import pipeline, prompts
 from calsegx.interfaces import InputError, Prompts, UsageError
 
 CASES = ["a", "b"]
@@ -97,6 +99,32 @@ def test_places_say_what_a_step_sees(cache):
         np.testing.assert_array_equal(names([batch]), told)
 
 
+JITTER = functools.partial(prompts.jitter, amount=0.1, size=100)
+
+
+@pytest.mark.parametrize("options", [{}, {"paired": True}])
+def test_jitter_is_drawn_for_every_sample_and_changes_no_order(cache, options):
+    plain, moved = (take(stream(cache, jitter=jitter, **options), 10) for jitter in (None, JITTER))
+    np.testing.assert_array_equal(names(plain), names(moved))
+    points = np.concatenate([batch.prompts.points for batch in moved])
+    assert not np.concatenate([batch.prompts.points for batch in plain]).any()
+    assert points.min() >= 0 and 9 < points.max() <= 10  # they lie at 0, and are clipped there
+    drawn = points.reshape(len(points), -1)
+    assert len(np.unique(drawn[drawn.any(axis=1)], axis=0)) == np.count_nonzero(drawn.any(axis=1))
+
+
+@pytest.mark.parametrize("start", [1, 7])
+def test_jitter_is_the_same_after_a_start_in_between_and_in_shares(cache, start):
+    whole = take(stream(cache, jitter=JITTER), 12)[start:]
+    again = take(stream(cache, start, jitter=JITTER), 12 - start)
+    shares = [take(stream(cache, start, jitter=JITTER, share=(index, 2)), 12 - start) for index in range(2)]
+    other = take(stream(cache, start, jitter=JITTER, seed=1), 12 - start)
+    for batch, same, different, *parts in zip(whole, again, other, *shares, strict=True):
+        np.testing.assert_array_equal(same.prompts.points, batch.prompts.points)
+        np.testing.assert_array_equal(np.concatenate([part.prompts.points for part in parts]), batch.prompts.points)
+        assert np.any(different.prompts.points != batch.prompts.points)
+
+
 @pytest.mark.parametrize("options", [{}, {"paired": True}])
 @pytest.mark.parametrize("start", [0, 3])
 def test_shares_together_are_the_batches_of_one_process(cache, options, start):
@@ -174,3 +202,7 @@ def test_evaluation_batches(cache):
     for (batch, count), *parts in zip(batches, *shares, strict=True):
         np.testing.assert_array_equal(names([part for part, _ in parts]), names([batch]))
         assert [of_whole for _, of_whole in parts] == [count, count]
+
+
+def test_batches_of_one_slice(cache):
+    assert [len(batch.features) for batch in take(stream(cache, batch_size=1), 3)] == [1, 1, 1]

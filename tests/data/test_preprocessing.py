@@ -1,143 +1,19 @@
-"""The encoder frame and the way back, against torch and SAM's rules."""
+"""Whole cases: from files to prompted slices, and back onto the files."""
 
 import dataclasses
-import pathlib
 
 import nibabel
 import numpy as np
 import pytest
 
 from calsegx import configs
-from calsegx.data import augment, classes, frames, intensity, nifti, preprocessing, prompts
+from calsegx.data import classes, frames, nifti, preprocessing, prompts
+from calsegx.data import clicks as click_tools
+from calsegx.evaluation import predict
 from calsegx.interfaces import Case, DataError
 
-# segment-anything (commit dca509f), ResizeLongestSide.get_preprocess_shape at 1024: input -> output.
-SAM_SHAPES = {
-    (1, 1): (1024, 1024),
-    (300, 411): (747, 1024),
-    (683, 1024): (683, 1024),
-    (1023, 1024): (1023, 1024),
-    (2047, 1365): (1024, 683),
-    (777, 333): (1024, 439),
-    (1500, 1000): (1024, 683),
-}
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 CLASS_MAP = classes.parse("tumour=1,rim=2", {})
 CHANNELS = ("T1", "T1", "T2")
-
-
-def geometry_of(shape, spacing=(1.0, 1.0), image_size=64, logit_shape=(16, 16)):
-    return frames.frame_geometry((1, *shape), (1.0, *spacing), image_size, logit_shape)
-
-
-@pytest.mark.parametrize("spacing", [1.0, 0.9375, 1.2])
-def test_equal_spacing_is_sams_rule(spacing):
-    for native, resized in SAM_SHAPES.items():
-        assert geometry_of(native, (spacing, spacing), 1024).resized_shape == resized
-
-
-def test_frame_pixels_are_square_in_millimetres():
-    geometry = geometry_of((40, 100), (3.0, 1.0), image_size=60)
-    assert geometry.resized_shape == (60, 50)
-    assert geometry_of((1, 5000)).resized_shape == (1, 64)  # never empty
-
-
-@pytest.mark.parametrize(("size_in", "size_out"), [(7, 20), (20, 7), (13, 13), (16, 1), (1, 9), (33, 32)])
-@pytest.mark.parametrize("antialias", [False, True])
-def test_resample_matrix_against_torch(size_in, size_out, antialias):
-    torch = pytest.importorskip("torch")
-    signal = np.random.default_rng(0).normal(size=(size_in, 3)).astype(np.float32)
-    ours = frames.resample_matrix(size_in, size_out, antialias) @ signal
-    theirs = torch.nn.functional.interpolate(
-        torch.from_numpy(signal.T[None, :, None].astype(float)), (1, size_out), mode="bilinear", antialias=antialias
-    )
-    np.testing.assert_allclose(ours, theirs[0, :, 0].numpy().T, atol=1e-5)
-
-
-@pytest.mark.parametrize("native", [(30, 47), (120, 90), (64, 64), (200, 20)])
-def test_from_low_res_against_torch(native):
-    torch = pytest.importorskip("torch")
-    geometry = geometry_of(native)
-    logits = np.random.default_rng(1).normal(0, 5, (2, 16, 16, 3)).astype(np.float32)
-    resize = torch.nn.functional.interpolate
-    height, width = geometry.resized_shape
-    frame = resize(torch.from_numpy(logits.transpose(0, 3, 1, 2).astype(float)), (64, 64), mode="bilinear")
-    expected = resize(frame[..., :height, :width], native, mode="bilinear").numpy().transpose(0, 2, 3, 1)
-    ours = frames.from_low_res(logits, geometry)
-    assert ours.shape == (2, *native, 3)
-    np.testing.assert_allclose(ours, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(("key", "native"), [("post", (300, 411)), ("post_shrink", (120, 200))])
-def test_from_low_res_against_segment_anything(key, native):
-    with np.load(GOLDEN / "sam_tiny.npz") as golden:
-        low_res = golden["box/low_res_single"].transpose(0, 2, 3, 1)
-        expected = golden[f"{key}/box_single_logits"].transpose(0, 2, 3, 1)
-    geometry = geometry_of(native, image_size=256, logit_shape=low_res.shape[1:3])
-    # 1e-4: torch computes the sampling positions in float32; the values reach 13.
-    np.testing.assert_allclose(frames.from_low_res(low_res, geometry), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("native", [(30, 47), (120, 90)])
-def test_to_frame_against_torch(native):
-    torch = pytest.importorskip("torch")
-    geometry = geometry_of(native)
-    slices = np.random.default_rng(2).uniform(0, 255, (2, *native, 3)).astype(np.float32)
-    mean, std = (120.0, 110.0, 100.0), (58.0, 57.0, 56.0)
-    framed = frames.to_frame(slices, geometry, mean, std)
-    height, width = geometry.resized_shape
-    resized = torch.nn.functional.interpolate(
-        torch.from_numpy(slices.transpose(0, 3, 1, 2).astype(float)), (height, width), mode="bilinear", antialias=True
-    )
-    expected = (resized.numpy().transpose(0, 2, 3, 1) - mean) / std
-    assert framed.shape == (2, 64, 64, 3)
-    assert framed.dtype == np.float32
-    np.testing.assert_allclose(framed[:, :height, :width], expected, atol=1e-5)
-    # Padded after normalising: zero, which a padded black pixel would not be.
-    assert not framed[:, height:].any()
-    assert not framed[:, :, width:].any()
-
-
-def test_labels_to_low_res_follows_the_logits_grid():
-    geometry = geometry_of((32, 48))  # the frame's lower third is padding
-    labels = np.zeros((1, 32, 48), np.uint8)
-    labels[:, 8:24, :24], labels[:, 8:24, 24:] = 1, 2
-    low = frames.labels_to_low_res(labels, geometry, 2)
-    assert low.shape == (1, 16, 16)
-    assert low.dtype == np.uint8
-    assert not low[:, 11:].any()
-    one_hot = np.eye(3, dtype=np.float32)[low]
-    back = frames.from_low_res(one_hot, geometry).argmax(axis=-1)
-    assert (back == labels).mean() > 0.95
-    assert set(np.unique(frames.labels_to_low_res(labels[:0], geometry, 2))) == set()
-
-
-def test_majority_decides_when_shrinking():
-    labels = np.zeros((1, 64, 64), np.uint8)
-    labels[:, ::2] = 1
-    labels[:, 1::4] = 1  # three rows of four
-    assert frames.labels_to_low_res(labels, geometry_of((64, 64), logit_shape=(8, 8)), 1).mean() > 0.9
-    assert not frames.labels_to_low_res(1 - labels, geometry_of((64, 64), logit_shape=(8, 8)), 1).any()
-
-
-def test_points_round_trip_uses_the_rounded_ratio():
-    geometry = geometry_of((777, 333), image_size=1024)
-    points = np.array([[0.0, 0.0], [100.0, 700.5]], np.float32)
-    framed = frames.points_to_frame(points, geometry)
-    np.testing.assert_allclose(framed[1], [100 * 439 / 333, 700.5 * 1024 / 777], rtol=1e-6)
-    np.testing.assert_allclose(frames.points_from_frame(framed, geometry), points, atol=1e-4)
-
-
-def test_normalise_intensity():
-    voxels = np.concatenate([np.zeros(500), np.arange(1, 1001)]).astype(np.float32)
-    normal = intensity.normalise(voxels, configs.DataConfig())
-    assert normal.dtype == np.float32
-    assert (normal.min(), normal.max()) == (0, 255)
-    assert normal[1000] == pytest.approx(127.5, abs=0.3)
-    with pytest.raises(ValueError, match="constant"):
-        intensity.normalise(np.full(9, 3.0, np.float32), configs.DataConfig())
-    with pytest.raises(ValueError, match="no voxel above 0"):
-        intensity.normalise(np.zeros(9, np.float32), configs.DataConfig())
 
 
 # Whole cases.  The file's axes are x to the left, y to the front, z up: slices are z, rows run along -y.
@@ -210,7 +86,7 @@ def test_prepare_augmented_view(case):
 def test_prepare_with_clicks_needs_no_label(case, tmp_path):
     path = tmp_path / "clicks.tsv"
     path.write_text("case_id\ti\tj\tk\tlabel\np1\t6\t12\t4\t1\n")
-    prepared = prepare(dataclasses.replace(case, label=None), clicks=prompts.read_clicks(path))
+    prepared = prepare(dataclasses.replace(case, label=None), clicks=click_tools.read_clicks(path))
     assert prepared.slices.tolist() == [4]
     assert prepared.labels is None
     assert prepared.label_volume is None
@@ -218,7 +94,7 @@ def test_prepare_with_clicks_needs_no_label(case, tmp_path):
     np.testing.assert_allclose(native[0, 0], [13, 11], atol=1e-4)
     assert prepared.prompts["gt_points"].labels.tolist() == [[1, -1]]
     with pytest.raises(DataError, match=r"clicks.tsv has no clicks for case 'p2'"):
-        prepare(dataclasses.replace(case, case_id="p2"), clicks=prompts.read_clicks(path))
+        prepare(dataclasses.replace(case, case_id="p2"), clicks=click_tools.read_clicks(path))
 
 
 def test_case_without_foreground_has_no_slices(case):
@@ -250,40 +126,110 @@ def test_bad_cases(case):
         prepare(case)
 
 
-def ranges(rotation_degrees, intensity_fraction, **others):
-    return configs.DataConfig(rotation_degrees=rotation_degrees, intensity_fraction=intensity_fraction, **others)
+def windowed(case):
+    """A case whose intensities come through unchanged: a window of 0 to 255 that the volume fills."""
+    data = np.random.default_rng(6).integers(1, 255, (20, 24, 5)).astype(np.float32)
+    data[0, 0, 0], data[0, 1, 0] = 0, 255
+    write_image(case.images["T1"], data)
+    working = data.transpose(2, 1, 0)[:, ::-1, ::-1]
+    return working, {"intensity": "medsam_ct", "window_centre": 127.5, "window_width": 255.0}
 
 
-def test_augment_moves_image_and_labels_together():
-    labels = np.zeros((6, 40, 50), np.uint8)
-    labels[:, 8:20, 10:18] = 1
-    images = np.repeat(labels[..., None] * np.float32(200), 3, axis=-1)
-    moved, moved_labels, _ = augment.augment(images, labels, np.random.default_rng(0), ranges(15.0, 0.0))
-    assert moved.dtype == np.float32
-    assert moved_labels.dtype == np.uint8
-    for image, label, original in zip(moved, moved_labels, labels, strict=True):
-        overlap = ((image[..., 0] > 100) & (label == 1)).sum() / label.sum()
-        assert overlap > 0.95
-        assert abs(int(label.sum()) - int(original.sum())) < 12  # rigid
-    assert sum((after != before).any() for after, before in zip(moved_labels, labels, strict=True)) >= 4
-    flipped = moved_labels[:, :, 25:].sum(axis=(1, 2)) > 0
-    assert 0 < flipped.sum() < 6
+def test_adjacent_slices_repeat_at_the_borders(case):
+    working, rule = windowed(case)
+    label = np.ones((20, 24, 5), np.uint8)
+    write_image(case.label, label)
+    config = configs.DataConfig(**rule, adjacent_slices=True)
+    prepared = preprocessing.prepare_case(case, ("T1", "T1", "T1"), CLASS_MAP, config, "gt_points", 64, (16, 16))
+    assert prepared.slices.tolist() == [0, 1, 2, 3, 4]
+    for number, image in enumerate(prepared.images):
+        for channel, neighbour in enumerate((max(number - 1, 0), number, min(number + 1, 4))):
+            np.testing.assert_array_equal(image[..., channel], working[neighbour])
+    label[:, :, [0, 1, 3]] = 0  # slices without a prompt are neighbours all the same
+    write_image(case.label, label)
+    sparse = preprocessing.prepare_case(case, ("T1", "T1", "T1"), CLASS_MAP, config, "gt_points", 64, (16, 16))
+    np.testing.assert_array_equal(sparse.images, prepared.images[[2, 4]])
 
 
-def test_augment_off_is_a_flip_at_most():
-    images = np.random.default_rng(1).uniform(0, 255, (4, 8, 9, 3)).astype(np.float32)
-    labels = np.zeros((4, 8, 9), np.uint8)
-    moved, _, _ = augment.augment(images, labels, np.random.default_rng(0), ranges(0.0, 0.0))
-    for before, after in zip(images, moved, strict=True):
-        assert np.allclose(after, before, atol=1e-4) or np.allclose(after, before[:, ::-1], atol=1e-4)
+def test_a_working_grid_resamples_slices_after_the_intensities(case):
+    working, rule = windowed(case)
+    config = configs.DataConfig(**rule, resample="10x24x20")
+    prepared = preprocessing.prepare_case(case, ("T1", "T1", "T1"), CLASS_MAP, config, "none", 64, (16, 16))
+    assert prepared.slices.tolist() == list(range(10))
+    expected = np.einsum("wd,dhc->whc", frames.resample_matrix(5, 10, antialias=True), working)
+    np.testing.assert_allclose(prepared.images[..., 1], expected, atol=1e-3)
+    assert prepared.label_volume.shape == (5, 24, 20) == prepared.reference.voxels.shape
+    assert prepared.labels.shape == (10, 24, 20)
 
 
-def test_augment_keeps_air_black_and_rotates_in_millimetres():
-    images = np.zeros((1, 60, 20, 1), np.float32)
-    images[0, 15:45, 5:15] = 100.0  # 30 mm x 30 mm on pixels of 1 x 3 mm
-    labels = (images[..., 0] > 0).astype(np.uint8)
-    rng = np.random.default_rng(5)
-    moved, moved_labels, _ = augment.augment(images, labels, rng, ranges(15.0, 0.2), (1.0, 3.0))
-    assert moved[0, 0, 0, 0] == 0
-    assert moved.max() <= 255
-    assert abs(int(moved_labels.sum()) - 300) < 20
+@pytest.mark.parametrize("resample", ["", "2x24x20", "10x24x20", "13x30x30"])
+def test_clicks_land_on_the_working_slice_and_point_that_hold_them(case, tmp_path, resample):
+    path = tmp_path / "clicks.tsv"
+    path.write_text("case_id\ti\tj\tk\tlabel\np1\t6\t12\t3\t1\n")
+    clicks = click_tools.read_clicks(path)
+    prepared = prepare(case, config=configs.DataConfig(resample=resample), clicks=clicks)
+    depth = int(resample.split("x")[0]) if resample else 5
+    assert prepared.slices.tolist() == [int(3.5 / 5 * depth)]
+    assert prepared.slices == frames.working_slices(np.array([3]), prepared.geometry)
+    native = frames.points_from_frame(prepared.prompts["gt_points"].points, prepared.geometry)
+    np.testing.assert_allclose(native[0, 0], [13, 11], atol=1e-4)  # the plane's field of view is the file's
+    volume = predict.to_native(np.full((1, 24, 20, 1), 0.9, np.float32), prepared.slices, prepared.geometry)
+    assert volume.shape == (5, 24, 20, 1)
+    assert volume[3].min() == np.float32(0.9)  # a prediction is not diluted by slices that nobody asked for
+    assert sorted(np.unique(volume)) == [0, np.float32(0.9)]
+
+
+@pytest.mark.parametrize("slice_axis", configs.SLICE_AXES)
+def test_points_lie_on_their_voxels_along_every_slice_axis(case, slice_axis):
+    label = np.zeros((20, 24, 5), np.uint8)
+    label[6, 13, 2] = 1
+    write_image(case.label, label)
+    prepared = prepare(case, config=configs.DataConfig(slice_axis=slice_axis))
+    native = frames.points_from_frame(prepared.prompts["gt_points"].points, prepared.geometry)
+    column, row = np.rint(native[0, 0]).astype(int)
+    millimetres = prepared.reference.affine @ [prepared.slices[0], row, column, 1]
+    np.testing.assert_allclose(millimetres, [6, 13, 6, 1], atol=1e-4)
+
+
+def test_protocols_of_every_slice_leave_out_black_slices(case, tmp_path):
+    data = np.random.default_rng(7).uniform(100, 900, (20, 24, 5)).astype(np.float32)
+    data[:, :, [0, 4]] = 0
+    for image in case.images.values():
+        write_image(image, data)
+    path = tmp_path / "clicks.tsv"
+    path.write_text("case_id\ti\tj\tk\tlabel\np1\t6\t12\t1\t1\np1\t1\t1\t2\t0\n")
+    for arguments in ({}, {"clicks": click_tools.read_clicks(path)}):
+        prepared = prepare(case, "volume_points", **arguments)
+        assert prepared.slices.tolist() == [1, 2, 3]
+        assert prepared.prompts["volume_points"].points.shape == (3, 2, 2)
+        assert len(prepared.images) == 3
+    assert prepare(dataclasses.replace(case, label=None), "none").slices.tolist() == [1, 2, 3]
+
+
+def test_points_of_a_volume_follow_the_augmentation_of_each_slice(case):
+    label = np.zeros((20, 24, 5), np.uint8)
+    label[11:14, 14:17, :] = 1
+    write_image(case.label, label)
+    config = configs.DataConfig(rotation_degrees=15)
+    prepared = prepare(case, "volume_points", config, rng=np.random.default_rng(1))
+    native = frames.points_from_frame(prepared.prompts["volume_points"].points, prepared.geometry)
+    for points, moved in zip(native, prepared.labels, strict=True):
+        np.testing.assert_allclose(points[0], np.argwhere(moved).mean(axis=0)[::-1], atol=0.75)
+
+
+def test_drawn_slices(case):
+    drawn = [prepare(case, rng=np.random.default_rng(seed), count=2) for seed in range(6)]
+    assert {tuple(d.slices) for d in drawn} <= {(1, 2), (1, 3), (2, 3)}
+    assert len({tuple(d.slices) for d in drawn}) > 1
+    assert all(len(d.images) == len(d.labels) == len(d.prompts["gt_box"].boxes) == 2 for d in drawn)
+    repeated = prepare(case, rng=np.random.default_rng(0), count=7).slices
+    assert len(repeated) == 7 and set(repeated) <= {1, 2, 3}
+    with pytest.raises(ValueError, match="rng"):
+        prepare(case, count=2)
+
+
+def test_one_volume_of_a_4d_file_is_a_channel(case, tmp_path):
+    both = np.stack([np.asarray(nibabel.load(case.images[name]).dataobj) for name in ("T2", "T1")], axis=-1)
+    path = write_image(tmp_path / "both.nii", both)
+    together = dataclasses.replace(case, images={"T1": path, "T2": path}, volumes={"T1": 1, "T2": 0})
+    np.testing.assert_array_equal(prepare(together).images, prepare(case).images)

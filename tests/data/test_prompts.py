@@ -1,14 +1,10 @@
-"""Prompts from reference masks and from a user's clicks."""
+"""Prompts from reference masks, their jitter, and their maps."""
 
-import itertools
-from pathlib import Path
-
-import nibabel
 import numpy as np
 import pytest
 
-from calsegx.data import nifti, prompts
-from calsegx.interfaces import Case, DataError
+from calsegx.data import prompts
+from calsegx.interfaces import Prompts
 
 SPACING = (1.0, 1.0)
 
@@ -75,104 +71,61 @@ def test_boxes():
         prompts.boxes_from_labels(np.zeros((1, 3, 3), bool))
 
 
-def write_clicks(tmp_path, *lines, header="case_id i j k label"):
-    path = tmp_path / "clicks.tsv"
-    path.write_text("\n".join([header, *lines]).replace(" ", "\t") + "\n")
-    return path
+def jittered(amount=0.1, seed=0, count=500, part=None):
+    given = Prompts(
+        points=np.tile(np.array([[50.0, 20.0], [0, 0]], np.float32), (count, 1, 1)),
+        labels=np.tile(np.array([1, -1], np.int32), (count, 1)),
+        boxes=np.tile(np.array([10.0, 20, 60, 95], np.float32), (count, 1)),
+    )
+    return given, prompts.jitter(given, np.random.default_rng(seed), amount, 100, part)
 
 
-def volume_of(tmp_path, matrix=None, shape=(6, 7, 8)):
-    data = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    affine = np.eye(4)
-    affine[:3, :3] = np.eye(3) if matrix is None else matrix
-    image = nibabel.Nifti1Image(data, affine)
-    image.set_sform(affine, 1)
-    (tmp_path / "v.nii").write_bytes(image.to_bytes())
-    return nifti.read(tmp_path / "v.nii"), data
+def test_jitter_moves_points_both_ways_and_boxes_outwards():
+    given, moved = jittered()
+    shift = moved.points[:, 0] - given.points[:, 0]
+    assert -10 <= shift.min() < -9 and 9 < shift.max() <= 10
+    assert abs(shift.mean()) < 1 and shift.std() == pytest.approx(20 / 12**0.5, rel=0.1)
+    outwards = (moved.boxes - given.boxes) * [-1, -1, 1, 1]
+    assert outwards.min() >= 0 and outwards[:, :3].max() <= 10
+    assert outwards[:, :3].mean() == pytest.approx(5, abs=0.5)
+    assert outwards[:, 3].max() == 5  # the frame's side is 100
+    assert moved.points.dtype == moved.boxes.dtype == np.float32
+    np.testing.assert_array_equal(moved.labels, given.labels)
+    np.testing.assert_array_equal(moved.points[:, 1], given.points[:, 1])  # padding is no point
 
 
-def test_clicks_follow_every_axis_order(tmp_path):
-    clicks = prompts.read_clicks(write_clicks(tmp_path, "a 1 2 3 1"))
-    for order in itertools.permutations(range(3)):
-        for signs in itertools.product((1, -1), repeat=3):
-            volume, data = volume_of(tmp_path, np.eye(3)[list(order)] * signs)
-            slices, native = prompts.from_clicks(clicks["a"], "a", volume, "gt_points")
-            x, y = native.points[0, 0].astype(int)
-            assert volume.voxels[slices[0], y, x] == data[1, 2, 3]
+def test_jitter_is_seeded_and_stays_in_the_slice():
+    _, first = jittered(seed=3)
+    _, again = jittered(seed=3)
+    _, other = jittered(seed=4)
+    np.testing.assert_array_equal(first.points, again.points)
+    assert np.any(first.points != other.points) and np.any(first.boxes != other.boxes)
+    given, moved = jittered(amount=0.0)
+    np.testing.assert_array_equal(moved.points, given.points)
+    np.testing.assert_array_equal(moved.boxes, given.boxes)
+    _, inside = jittered(amount=0.5, part=(97, 64))
+    assert inside.points.min() == 0 and inside.points[..., 0].max() == 64
+    assert inside.boxes[:, 2].max() == 64 and inside.boxes[:, 3].max() == 97
 
 
-def test_clicks_are_grouped_and_padded_by_slice(tmp_path):
-    path = write_clicks(tmp_path, "a 1 1 5 1", "", "a 2 2 2 1", "a 3 3 5 0", "a 4 4 5 1", "b 0 0 0 1")
-    clicks = prompts.read_clicks(path)
-    volume, _ = volume_of(tmp_path)
-    slices, native = prompts.from_clicks(clicks["a"], "a", volume, "gt_points")
-    assert slices.tolist() == [2, 5]
-    assert native.labels.tolist() == [[1, -1, -1], [1, 0, 1]]
-    assert native.points.shape == (2, 3, 2)
-    assert native.boxes is None
-    single = prompts.from_clicks(clicks["b"], "b", volume, "gt_points")[1]
-    assert single.labels.tolist() == [[1, -1]]
+def test_jitter_of_one_kind_alone():
+    rng = np.random.default_rng(0)
+    box = prompts.jitter(Prompts(boxes=np.array([1.0, 2, 3, 4])), rng, 0.1, 64)
+    assert box.points is None and box.labels is None and box.boxes.shape == (4,)
+    point = prompts.jitter(Prompts(points=np.ones((2, 2)), labels=np.array([1, 0])), rng, 0.1, 64)
+    assert point.boxes is None and point.points.shape == (2, 2)
 
 
-def test_box_corners_in_any_order(tmp_path):
-    clicks = prompts.read_clicks(write_clicks(tmp_path, "a 4 1 2 3", "a 1 5 2 2"))
-    volume, _ = volume_of(tmp_path)
-    slices, native = prompts.from_clicks(clicks["a"], "a", volume, "gt_box")
-    assert slices.tolist() == [2]
-    assert native.boxes.tolist() == [[5 - 4, 6 - 5, 5 - 1, 6 - 1]]
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (["a 1 2 3 4"], "line 2, column label: 4"),
-        (["a 1 2 3 -1"], "line 2, column label: -1"),
-        (["a 1 2 3 1", "a 1.5 2 3 1"], "line 3, column i: '1.5' is not an integer"),
-        (["a 1 2 3 fg"], "line 2, column label: 'fg'"),
-        (["a 1 2 1"], "line 2: expected 5 fields"),
-        ([], "holds no clicks"),
-    ],
-)
-def test_bad_clicks_files(tmp_path, lines, message):
-    with pytest.raises(DataError, match=message) as caught:
-        prompts.read_clicks(write_clicks(tmp_path, *lines))
-    assert "clicks.tsv" in str(caught.value)
-
-
-def test_bad_click_headers_and_missing_file(tmp_path):
-    with pytest.raises(DataError, match="line 1: expected the tab-separated columns case_id, i, j, k, label"):
-        prompts.read_clicks(write_clicks(tmp_path, "a 1 2 3 1", header="case_id x y z label"))
-    with pytest.raises(DataError, match=r"none.tsv cannot be read"):
-        prompts.read_clicks(tmp_path / "none.tsv")
-
-
-@pytest.mark.parametrize(
-    ("lines", "protocol", "message"),
-    [
-        (["a 1 1 1 1", "a 6 1 1 1"], "gt_points", "line 3, column i: 6 is outside .*case 'a'.* 0 to 5"),
-        (["a 1 1 -2 1"], "gt_points", "line 2, column k: -2 is outside"),
-        (["a 1 1 1 0"], "gt_points", "only background clicks"),
-        (["a 1 1 1 1"], "gt_box", "trained with boxes .*expected the labels 2 and 3 in case 'a', got 1"),
-        (["a 1 1 1 2", "a 2 2 1 3"], "gt_points", "trained with points .*got 2"),
-        (["a 1 1 1 2"], "gt_box", "needs one corner of label 2"),
-        (["a 1 1 1 2", "a 2 2 2 3"], "gt_box", "needs one corner of label 2"),
-        (["a 1 1 1 2", "a 1 2 1 3"], "gt_box", "has no area"),
-    ],
-)
-def test_clicks_that_do_not_fit(tmp_path, lines, protocol, message):
-    clicks = prompts.read_clicks(write_clicks(tmp_path, *lines))
-    volume, _ = volume_of(tmp_path)
-    with pytest.raises(DataError, match=message):
-        prompts.from_clicks(clicks["a"], "a", volume, protocol)
-
-
-def test_check_clicks(tmp_path):
-    clicks = prompts.read_clicks(write_clicks(tmp_path, "a 1 1 1 1", "b 1 1 1 1"))
-    both = [Case(name, name, {"T1": Path("x")}, None, "test") for name in "ab"]
-    prompts.check_clicks(clicks, both, "gt_points")
-    with pytest.raises(DataError, match="no clicks for case 'c'"):
-        prompts.check_clicks(clicks, [*both, Case("c", "c", {}, None, "test")], "gt_points")
-    with pytest.raises(DataError, match="line 3: 'b' is not among the cases"):
-        prompts.check_clicks(clicks, both[:1], "gt_points")
-    with pytest.raises(DataError, match="trained with boxes"):
-        prompts.check_clicks(clicks, both, "gt_box")
+def test_guided_maps():
+    points = np.array([[[3.0, 2], [7, 5], [6, 5]], [[0, 0], [0, 0], [0, 0]]])
+    labels = np.array([[1, 0, 0], [-1, -1, -1]])
+    maps = prompts.guided_maps(points, labels, (8, 10), sigma=2.0)
+    assert maps.shape == (2, 8, 10, 2) and maps.dtype == np.float32
+    assert maps[0, 2, 3, 0] == maps[0, 5, 7, 1] == maps[0, 5, 6, 1] == 1
+    assert maps.max() == 1
+    assert maps[0, 4, 3, 0] == pytest.approx(np.exp(-0.5))  # one sigma away
+    assert maps[0, 2, 6, 0] == pytest.approx(np.exp(-9 / 8))
+    assert maps[0, 5, 9, 1] == pytest.approx(np.exp(-0.5))  # of the nearer of two, not their sum
+    assert not maps[1].any()
+    with pytest.raises(ValueError, match="sigma must be above 0"):
+        prompts.guided_maps(points, labels, (8, 10), sigma=0.0)

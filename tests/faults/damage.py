@@ -27,7 +27,8 @@ import numpy as np
 from calsegx import configs, sharding
 from calsegx.calibrators import storage
 from calsegx.data import cases as case_tools
-from calsegx.interfaces import InputError
+from calsegx.features import FeatureCache
+from calsegx.interfaces import Case, InputError
 from calsegx.models import sam
 from calsegx.training import checkpoints, metrics_log, model_folder
 from calsegx.training import state as train_state
@@ -97,14 +98,28 @@ def read_cache(site: Site) -> str:
     tested = [("test", ("view0",))] if site.evaluation.exists() else []
     for split, views in [("train", ("view0", "view1")), ("val", ("view0",)), *tested]:
         for case in site.parts.select(split):
-            fingerprint = case_tools.fingerprint(case)
             for view in views:
-                if cache.has(case.case_id, view, fingerprint):
-                    found = cache.read_case(case.case_id, view)
-                    jobs.expect(site.same(f"{case.case_id}/{view}", found), f"{case.case_id}, {view} is another")
-                else:
+                found = read_view(cache, case, view)
+                if found is None:
                     absent += 1  # and is computed again, which tests/training/test_caching.py proves
+                else:
+                    jobs.expect(site.same(f"{case.case_id}/{view}", found), f"{case.case_id}, {view} is another")
     return FALLBACK if absent else HARMLESS
+
+
+def read_view(cache: FeatureCache, case: Case, view: str) -> Any:
+    """The view, or None where there is none; one that was found damaged is put back in its place for what follows."""
+    try:
+        there = cache.has(case.case_id, view, case_tools.fingerprint(case))
+        return cache.read_case(case.case_id, view) if there else None
+    except InputError:
+        put_back(cache.root / case.case_id / view)
+        raise
+
+
+def put_back(view: Path) -> None:
+    """Undo that a view was set aside."""
+    view.with_name(f"{view.name}.set-aside").rename(view)
 
 
 def read_model(site: Site) -> str:
@@ -281,6 +296,7 @@ def end_to_end(site: Site) -> int:
         fresh = inputs.folder / "fresh"
         code, said = jobs.run(inputs, inputs.arguments(fresh, method="sam_ft", **{"data.cache": site.features}))
         jobs.expect(code == 1 and "are damaged" in said and not (fresh / "model").exists(), f"{code}: {said}")
+        put_back(site.features.joinpath(*chunk.relative_to(site.features).parts[:2]))
     with damaged(site.workdir / "model" / "model.json", "flip", rng):
         evaluation = inputs.folder / "other"
         flags = [f"--runs={site.workdir}", f"--workdir={evaluation}"]

@@ -15,7 +15,8 @@ from calsegx.data import index, layouts
 from calsegx.interfaces import DataError, UsageError
 from launch import index as launch_index
 from launch import train
-from tests.data.layouts import fake
+from launch import verify as launch_verify
+from tests.data.layouts import fake, trees
 
 ROOT = pathlib.Path(__file__).parents[2]
 MAKE = {"brats": fake.brats_2019, "atlas": fake.atlas, "ibsr": fake.ibsr, "bids": fake.bids}
@@ -98,7 +99,17 @@ def test_volumes_and_default_classes_are_written(tmp_path):
         rows = list(csv.DictReader(stream, delimiter="\t"))
     assert [row["volume:T1c"] + row["volume:T2"] for row in rows] == ["13"] * 3
     assert "volume:T1" not in rows[0]
-    assert layouts.detect(tmp_path / "index").default_classes == "whole_tumour=1+2+4"
+    read = layouts.detect(tmp_path / "index")
+    assert read.cases == dataset.cases and read.default_classes == "whole_tumour=1+2+4"
+
+
+def test_pictures(tmp_path):
+    root = trees.pictures(tmp_path / "data", count=3)
+    lines = launch_index.index_dataset(root, output=tmp_path / "index")
+    assert lines[0] == "Layout: images_2d" and value(lines, "Cases: ") == "3 of 3 subjects"
+    assert value(lines, "Spacing in mm (slices x rows x columns): ").startswith("median 1 x 1 x 1")
+    read = layouts.detect(tmp_path / "index")
+    assert (read.cases, read.labels) == (layouts.detect(root).cases, layouts.detect(root).labels)
 
 
 def test_metadata_adds_the_domain(tmp_path, capsys):
@@ -175,5 +186,6 @@ def test_training_needs_the_folder_alone(tmp_path, name, small_sam):
         data=configs.DataConfig(root=str(root), val_fraction=0.3, test_fraction=0.3, views=1),
         model=configs.ModelConfig(weights=str(small_sam)),
     )
+    assert launch_verify.verify_dataset(root, on_error="skip").examined
     summary = train.train(config, tmp_path / "run")
     assert summary["steps"] == 1 and np.isfinite(summary["validation_loss"])

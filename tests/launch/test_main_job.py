@@ -238,7 +238,7 @@ def test_caching_ahead(config, tmp_path):
 def test_a_cache_of_other_features_is_refused(config, cache):
     data = dataclasses.replace(config.data, upper_percentile=99.0)
     parts = components.build(dataclasses.replace(config, data=data))
-    with pytest.raises(InputError, match="upper_percentile is 99.5, this run has 99.0"):
+    with pytest.raises(InputError, match="frames.upper_percentile is 99.5, this run has 99.0"):
         components.feature_cache(parts, cache)
 
 

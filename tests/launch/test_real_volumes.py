@@ -12,13 +12,17 @@ from nibabel.testing import data_path
 from calsegx import configs
 from calsegx.interfaces import DataError
 from calsegx.training import model_folder
-from launch import components, predict, verify
+from launch import components, index, predict, verify
 
-# File -> the voxel that is clicked on.  Big-endian integers and floats, LAS and RAS.
+# File -> the voxel that is clicked on.  Big-endian integers and floats, LAS and RAS, oblique, NIfTI-2, several volumes.
 VOLUMES = {
     "anatomical.nii": (16, 20, 12),
     "reoriented_anat_moved.nii": (10, 13, 11),
+    "example4d.nii.gz": (64, 40, 11),
+    "example_nifti2.nii.gz": (16, 10, 6),
+    "functional.nii": (8, 10, 1),
 }
+VOLUME = 1  # which volume of those with several is the channel
 TWO_VALUES = "standard.nii.gz"  # 0 and 255: no scan, in spite of its name
 BROKEN = "resampled_anat_moved.nii"  # NaN outside the head
 HEADER = ("dim", "pixdim", "qform_code", "sform_code", "xyzt_units", "srow_x", "srow_y", "srow_z", "quatern_b")
@@ -27,10 +31,11 @@ HEADER = ("dim", "pixdim", "qform_code", "sform_code", "xyzt_units", "srow_x", "
 def make_clinic(folder, names):
     """The volumes as a dataset of one channel without labels."""
     folder.mkdir()
-    lines = ["case_id\timage:T1c\tscanner"]
+    lines = ["case_id\timage:T1c\tvolume:T1c\tscanner"]
     for name in names:
         shutil.copyfile(pathlib.Path(data_path) / name, folder / name)
-        lines.append(f"{name.split('.')[0]}\t{name}\tunknown scanner")
+        volume = VOLUME if len(nibabel.load(folder / name).shape) > 3 else ""
+        lines.append(f"{name.split('.')[0]}\t{name}\t{volume}\tunknown scanner")
     (folder / "cases.tsv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -46,7 +51,7 @@ def run(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, channels="T1c", cache=""))
     parts = components.build(config)
-    record = components.metadata(parts, components.feature_cache(parts, folder), {})
+    record = components.metadata(parts, components.feature_cache(parts, folder).fingerprint, {})
     record |= {"config": configs.to_dict(config), "backbone": parts.backbone.fingerprint, "cases": []}
     model_folder.save(folder, parts.backbone.trainable, record)
     return folder
@@ -60,9 +65,15 @@ def test_verification_of_real_scans(clinic, tmp_path):
         ("warning", "slices", "standard"),  # 2 x 3 x 1 mm
         ("note", "units", "standard"),
         ("note", "domains", ""),
+        ("note", "axes", "example4d"),  # oblique
+        ("note", "axes", "example_nifti2"),
     }
     files = {item.case.case_id: item.files["image:T1c"] for item in report.examined}
+    assert index.index_dataset(clinic)[1] == "Cases: 6 of 6 subjects, 6 without a label"
     assert {name: contents.orientation for name, contents in files.items()} == {
+        "example4d": "LAS",
+        "example_nifti2": "LAS",
+        "functional": "LAS",
         "anatomical": "LAS",
         "reoriented_anat_moved": "RAS",
         "standard": "RAS",
@@ -83,7 +94,7 @@ def test_predictions_of_real_scans_lie_on_their_grid(clinic, run, tmp_path):
     for name, voxel in {**VOLUMES, TWO_VALUES: (2, 2, 3)}.items():
         clicks.append("\t".join(map(str, (name.split(".")[0], *voxel, 1))))
     (tmp_path / "clicks.tsv").write_text("\n".join(clicks) + "\n")
-    with pytest.raises(DataError, match="1 of 3 cases failed; the first: standard: .*constant"):  # and stops no other
+    with pytest.raises(DataError, match="1 of 6 cases failed; the first: standard: .*constant"):  # and stops no other
         predict.predict(run, tmp_path / "out", str(clinic), tmp_path / "clicks.tsv")
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2 * len(VOLUMES)
     for name, (_, _, k) in VOLUMES.items():
@@ -92,9 +103,9 @@ def test_predictions_of_real_scans_lie_on_their_grid(clinic, run, tmp_path):
         mask = nibabel.load(tmp_path / "out" / f"{case_id}.nii.gz")
         probability = nibabel.load(tmp_path / "out" / f"{case_id}_prob-whole_tumour.nii.gz")
         for output in (mask, probability):
-            assert output.shape == original.shape
+            assert output.shape == original.shape[:3] and type(output) is type(original)
             np.testing.assert_array_equal(output.affine, original.affine)
-            for field in HEADER:
+            for field in HEADER if len(original.shape) == 3 else HEADER[2:]:
                 np.testing.assert_array_equal(output.header[field], original.header[field], err_msg=f"{name} {field}")
         values = np.asarray(probability.dataobj)
         assert values[:, :, k].std() > 0  # the clicked slice, in the file's own axes

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from calsegx.data import layouts
 from calsegx.interfaces import DataError, UsageError
 from launch import verify
 from tests.launch.test_bad_input import resave, run
@@ -49,9 +50,13 @@ def test_stop_lists_everything_and_fails(damaged, tmp_path, capsys):
 
 
 def test_skip_lists_the_cases_to_leave_out(damaged, capsys):
-    report = verify.verify_dataset(damaged, on_error="skip")
+    output = damaged.parent / "left"
+    report = verify.verify_dataset(damaged, output=output, on_error="skip")
     assert list(report.failing()) == ["subject002_A", "subject001_A"]
     assert "Left out: subject002_A, subject001_A" in capsys.readouterr().out
+    left, whole = (layouts.detect(folder) for folder in (output, damaged))
+    assert {case.case_id for case in left.cases} == {case.case_id for case in whole.cases} - set(report.failing())
+    assert verify.verify_dataset(output).count("error") == 0
 
 
 def test_skip_cannot_leave_out_all_or_what_is_no_case(dataset, damaged):

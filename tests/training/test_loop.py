@@ -103,6 +103,24 @@ def test_interrupted_and_resumed_equals_uninterrupted(step, whole, cache, mesh, 
     jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)  # bit for bit
 
 
+def test_jittered_prompts_come_back_when_resumed_and_are_for_training_alone(cache, mesh, tmp_path, monkeypatch):
+    config = toy.config(prompt_jitter=0.2)
+    toy.train(config, cache, tmp_path / "whole", mesh)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7)
+        with pytest.raises(Interrupted):
+            toy.train(config, cache, tmp_path / "parts", mesh)
+    toy.train(config, cache, tmp_path / "parts", mesh, resume=True)
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    for jitter in (0.0, 0.2):
+        still = toy.config(prompt_jitter=jitter, steps=2)
+        still.optimizer.learning_rate = 1e-12
+        toy.train(still, cache, tmp_path / f"still {jitter}", mesh)
+    plain, moved = (lines(tmp_path / f"still {jitter}") for jitter in (0.0, 0.2))
+    assert plain[0]["task"] != pytest.approx(moved[0]["task"], rel=1e-4)
+    assert plain[-1]["validation_loss"] == pytest.approx(moved[-1]["validation_loss"], rel=1e-6)
+
+
 def test_resuming_a_finished_run_writes_the_model_again(whole, cache, mesh, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(whole[0], workdir)

@@ -90,20 +90,3 @@ def test_refusals(tmp_path):
     fake.bids(tmp_path / "other", subjects=("sub-02",), images=("T2w",))
     with pytest.raises(DataError, match=r"no image that every case has \(sub-01: T1w; sub-02: T2w"):
         layouts.detect(tmp_path / "other")
-
-
-MAKE = {
-    "brats": fake.brats_2019,
-    "atlas": fake.atlas,
-    "ibsr": fake.ibsr,
-    "bids": fake.bids,
-}
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_no_other_layout_claims_the_folder(tmp_path, name):
-    root = MAKE[name](tmp_path / "data")
-    before = sorted(tmp_path.rglob("*"))
-    readers = layouts.registry.names()
-    assert [reader for reader in readers if layouts.registry.get(reader)(root) is not None] == [name]
-    assert sorted(tmp_path.rglob("*")) == before

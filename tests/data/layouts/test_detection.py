@@ -4,22 +4,31 @@ import pytest
 
 from calsegx.data import layouts
 from calsegx.interfaces import DataError, UsageError
-from tests.data.layouts import trees
+from tests.data.layouts import fake, trees
+
+TREES = {
+    **trees.ALL,
+    "brats (2019)": fake.brats_2019,
+    "brats (2023)": fake.brats_2023,
+    "atlas": fake.atlas,
+    "ibsr": fake.ibsr,
+    "bids": fake.bids,
+}
 
 
-@pytest.mark.parametrize("tree", trees.ALL)
+@pytest.mark.parametrize("tree", TREES)
 def test_one_reader_knows_each_tree(tmp_path, tree):
-    trees.ALL[tree](tmp_path)
+    TREES[tree](tmp_path)
     before = sorted(tmp_path.rglob("*"))
     found = {name for name in layouts.registry.names() if layouts.registry.get(name)(tmp_path) is not None}
     assert found == {tree.split()[0]}
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written into a dataset
 
 
-@pytest.mark.parametrize("name", sorted({tree.split()[0] for tree in trees.ALL}))
+@pytest.mark.parametrize("name", sorted({tree.split()[0] for tree in TREES}))
 def test_every_layout_says_what_it_looks_for(tmp_path, name):
     trees.touch(tmp_path / "scan.nii.gz")
-    with pytest.raises(DataError, match=rf"no known layout; .*; {name} \((A|Folders) .*; write a cases.tsv"):
+    with pytest.raises(DataError, match=rf"no known layout; .*; {name} \(.{{20,}}\)"):
         layouts.detect(tmp_path)
 
 
