@@ -316,6 +316,11 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
         raise DataError(f"model.json lacks {', '.join(sorted(missing))}; train the model again with this version.")
     config = configs.from_dict(configs.TrainConfig, record["config"], "model.json")
     data = dataclasses.replace(config.data, channels=",".join(record["channels"]))
+    if not (root or data.root):
+        raise UsageError(
+            "A model bundle knows no dataset: name one with --data to predict or evaluate; to calibrate, take the run "
+            "that it was exported from."
+        )
     if root:
         data = dataclasses.replace(data, root=root, layout="auto", source="", splits="", fold=0, cache="")
     ids = tuple(tuple(values) for values in record["class_ids"])
@@ -324,10 +329,15 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
     shards = config.model.shards if len(jax.local_devices()) % config.model.shards == 0 else 1
     model = dataclasses.replace(config.model, shards=shards)
     components = build(dataclasses.replace(config, data=data, model=model), class_map)
-    if components.backbone.fingerprint != record["backbone"]:
-        weights = config.model.weights or "the tiny SAM of this installation"
+    check_backbone(record, components.backbone)
+    return components
+
+
+def check_backbone(record: Mapping[str, Any], backbone: Backbone) -> None:
+    """Raise a UsageError when ``backbone`` is not the one that the model was trained on."""
+    if backbone.fingerprint != record["backbone"]:
+        weights = record["config"]["model"]["weights"] or "the tiny SAM of this installation"
         raise UsageError(
             f"The model was trained on a backbone with fingerprint {record['backbone'][:12]}, but {weights} has "
-            f"{components.backbone.fingerprint[:12]}; restore those weights or train again."
+            f"{backbone.fingerprint[:12]}; restore those weights or train again."
         )
-    return components

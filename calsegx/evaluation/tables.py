@@ -226,6 +226,18 @@ def write_cases(path: Path, rows: Sequence[evaluate.Row]) -> None:
     files.write_atomically(path, buffer.getvalue())
 
 
+def read_cases(path: Path) -> list[evaluate.Row]:
+    """The rows of a ``cases.csv``."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        lines = list(csv.DictReader(stream))
+    rows = []
+    for line in lines:
+        line["class_name"] = line.pop("class")
+        numbers = {"seed": int(line["seed"]), "value": float(line["value"]), "defined": line["defined"] == "True"}
+        rows.append(evaluate.Row(**{**line, **numbers}))
+    return rows
+
+
 def write_summary(
     path: Path,
     rows: Sequence[evaluate.Row],
@@ -235,6 +247,7 @@ def write_summary(
     targets: Sequence[str],
     paths: Mapping[str, tuple[str, str]] | None = None,
     prompt_jitter: Sequence[Any] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """``summary.json``: nnU-Net's keys for one method, and everything else under ``calsegx``.
 
@@ -250,6 +263,7 @@ def write_summary(
         targets: the target domains.
         paths: case id -> (prediction file, reference file); null where not given.
         prompt_jitter: ``robustness.Line``s, under ``calsegx``; empty: not asked for, and left out.
+        about: more to say under ``calsegx``.
     """
     labels = {name: str(index) for index, name in enumerate(class_names, start=1)}
     cases: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
@@ -280,6 +294,7 @@ def write_summary(
             "summary": [dataclasses.asdict(summary) for summary in evaluate.summarise(rows)],
             "gaps": [dataclasses.asdict(gap) for gap in gaps],
             **({"prompt_jitter": [dataclasses.asdict(line) for line in prompt_jitter]} if prompt_jitter else {}),
+            **(about or {}),
         },
     }
     files.write_atomically(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
