@@ -30,6 +30,7 @@ from calsegx import bundle, configs, files
 from calsegx.calibrators import storage
 from calsegx.data import cases as case_tools
 from calsegx.data import images
+from calsegx.data.corruptions import manifest
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import gallery, methods, report, robustness, study, tables
 from calsegx.interfaces import Case, DataError, UsageError
@@ -264,7 +265,9 @@ def evaluate(
         return images.read(case.images[channel], case.volumes.get(channel), config.data.slice_axis).voxels[index]
 
     splits = {"training": train, "validation": val, "test": test}
-    source = "" if root else config.data.source
+    source = config.data.source
+    if root:  # the copies that launch.corrupt left as they were; of any other dataset nothing was trained on
+        source = manifest.CLEAN if (away.dataset.root / manifest.FILE_NAME).is_file() else ""
     trained = ", ".join(methods.display(name) for name in methods.order(m.method for m in runs.models))
     record = report.Record(
         title=f"{trained} on {away.dataset.root.name}",

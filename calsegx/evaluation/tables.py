@@ -147,7 +147,8 @@ def overview(
         if lines or domain:  # a model that is tested elsewhere has no source among the rows
             title = f"{kind} {domain}".strip() or "test cases"
             blocks.append(Block(f"{role}: {title}" if source and targets else title.capitalize(), lines))
-    return blocks + [_gap_block(rows, source, target, names, columns) for target in targets]
+    elsewhere = bool(source) or not targets  # without results on the source there is no gap
+    return blocks + [_gap_block(rows, source, target, names, columns) for target in targets if elsewhere]
 
 
 def _gap_block(

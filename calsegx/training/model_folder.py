@@ -44,8 +44,8 @@ def save(workdir: Path, params: Params, record: Mapping[str, Any]) -> None:
     record = {
         "format": 1,
         "calsegx": calsegx.__version__,
-        "decoder_sha256": hashlib.sha256(weights).hexdigest(),
         **record,
+        "decoder_sha256": hashlib.sha256(weights).hexdigest(),
     }
     files.write_atomically(folder / "decoder.safetensors", weights)
     files.write_atomically(folder / "README.md", _model_card(record))
