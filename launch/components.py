@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from calsegx import configs, losses, models, sharding
+from calsegx import configs, files, losses, models, sharding
 from calsegx.data import cases as case_tools
 from calsegx.data import classes, images, intensity, preprocessing, prompts
 from calsegx.data import clicks as click_tools
@@ -127,6 +127,8 @@ def note_coarse_axis(components: Components, cases: Sequence[Case]) -> None:
 def feature_cache(components: Components, workdir: Path) -> FeatureCache:
     """The run's feature cache, opened only if it was made with the same weights and preprocessing."""
     data = components.config.data
+    root = Path(data.cache) if data.cache else workdir / "features"
+    files.check_outside(root, components.dataset.root, "--config.data.cache" if data.cache else "--workdir")
     signature = {
         "preprocessing": preprocessing.VERSION,
         "backbone": components.backbone.fingerprint,
@@ -138,7 +140,7 @@ def feature_cache(components: Components, workdir: Path) -> FeatureCache:
         "frames": {name: getattr(data, name) for name in FRAME_SETTINGS},
         "augmentation": {"seed": VIEW_SEED, **{name: getattr(data, name) for name in AUGMENTATION_SETTINGS}},
     }
-    return FeatureCache.open(Path(data.cache) if data.cache else workdir / "features", signature)
+    return FeatureCache.open(root, signature)
 
 
 def fill_cache(

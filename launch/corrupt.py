@@ -83,8 +83,7 @@ def corrupt(
     """
     dataset = case_tools.load(data)
     cases = dataset.cases if split == "all" else case_tools.select(dataset, data, split)
-    if output.resolve().is_relative_to(dataset.root.resolve()):
-        raise UsageError(f"--output={output} lies inside the dataset, which is never written to; name another folder.")
+    files.check_outside(output, dataset.root, "--output")
     if any(case.split != "test" for case in cases):
         print("note: not only test cases; do not evaluate a model on subjects it was trained on", file=sys.stderr)
     copies = _copies(dataset, cases, names, levels)

@@ -68,8 +68,8 @@ def export(
         raise UsageError(f"--run={run} is a bundle already; copy it, or export the run that it came from.")
     params, record = model_folder.load(run)
     root = record["config"]["data"]["root"]
-    if root and output.resolve().is_relative_to(Path(root).resolve()):
-        raise UsageError(f"--output={output} lies inside the dataset, which is never written to; name another folder.")
+    if root:
+        files.check_outside(output, Path(root), "--output")
     calibrator = calibrate.of_run(run, record)
     evaluated = _read_evaluation(evaluation, record["decoder_sha256"]) if evaluation else None
     backbone = _backbone(record, params)

@@ -56,8 +56,7 @@ def predict(
     parts = components.of_model(record, root)
     split = split or ("all" if root else "test")
     cases = parts.dataset.cases if split == "all" else parts.select(split)
-    if output.resolve().is_relative_to(parts.dataset.root.resolve()):
-        raise UsageError(f"--output={output} lies inside the dataset, which is never written to; name another folder.")
+    files.check_outside(output, parts.dataset.root, "--output")
     if limit:
         cases = cases[:limit]
     clicks = click_tools.read_clicks(clicks_file) if clicks_file else None
