@@ -52,7 +52,12 @@ class Volume:
     affine: np.ndarray  # [4, 4], working-orientation indices (d, h, w, 1) -> RAS+ millimetres
     spacing_mm: tuple[float, float, float]  # (D, H, W)
     orientation: np.ndarray  # [3, 2] nibabel orientation transform: file axes -> working axes
-    header: Any  # the file's nibabel header: shape, sform/qform and their codes, units
+    header: Any  # a NIfTI file's nibabel header (shape, sform/qform and their codes, units), or pictures.PictureHeader
+
+    @property
+    def voxel_ml(self) -> float:
+        """The volume of one voxel in millilitres, also where the axes are sheared."""
+        return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,8 @@ def _contents(path: Path, volume: Volume, label: bool) -> Contents:
     digest.update(np.ascontiguousarray(voxels, dtype=np.float32).data)
     ids: dict[int, float] = {}
     if label:
-        millilitres = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
         values, counts = np.unique(voxels, return_counts=True)
-        ids = {int(value): int(count) * millilitres for value, count in zip(values, counts, strict=True)}
+        ids = {int(value): int(count) * volume.voxel_ml for value, count in zip(values, counts, strict=True)}
     return Contents(
         file=str(path),
         shape=voxels.shape,

@@ -19,7 +19,6 @@ from calsegx.data.layouts import table
 from calsegx.interfaces import Case, DataError, Dataset, UsageError
 
 DESCRIPTION = "dataset.json"
-_CUBIC_MM = 1000.0  # per millilitre
 
 
 @dataclass(frozen=True)
@@ -177,8 +176,7 @@ def _measure(case: Case, channel: str, headers_only: bool) -> Measured:
     if case.label is not None and not headers_only:
         label = images.read_labels(case.label)
         ids, counts = np.unique(label.voxels[label.voxels != 0], return_counts=True)
-        voxel_ml = float(np.prod(label.spacing_mm)) / _CUBIC_MM
-        volumes = {int(value): int(count) * voxel_ml for value, count in zip(ids, counts, strict=True)}
+        volumes = {int(value): int(count) * label.voxel_ml for value, count in zip(ids, counts, strict=True)}
     return Measured(shape, spacing, volumes)
 
 
