@@ -100,6 +100,11 @@ class Prompts(NamedTuple):
     boxes: Array | None = None  # [B, 4], (x0, y0, x1, y1)
     masks: Array | None = None  # [B, 4h, 4w, 1] logits of an earlier prediction
 
+    def map(self, function: Callable[..., Array], *others: "Prompts") -> "Prompts":
+        """``function(values, *those of others)`` of every field that is given here."""
+        fields = zip(self, *others, strict=True)
+        return Prompts(*(None if values[0] is None else function(*values) for values in fields))
+
 
 class Batch(NamedTuple):
     """What one training step sees."""
