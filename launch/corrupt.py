@@ -134,7 +134,7 @@ def _copies(dataset: Dataset, cases: Iterable[Case], names: Sequence[str], level
         for number, channel in enumerate(dataset.channels):
             if channel not in case.images:
                 raise DataError(f"Case {case.case_id!r} of {dataset.root} has no channel {channel!r}; add its file.")
-            if not case.images[channel].name.endswith((".nii", ".nii.gz")):
+            if not case.images[channel].name.endswith(nifti.ENDINGS):
                 raise DataError(f"{case.images[channel]} is no NIfTI volume; the corruptions are those of MR scanners.")
             for name, level in changes:
                 copy = Copy(case, channel, name, level, "")
