@@ -40,7 +40,7 @@ from launch import common, components, exchange
 # Settings in which compared runs may differ: what they are compared for, and what changes no number.
 MAY_DIFFER = (
     *("method", "loss", "seed", "fisher.", "cmp.", "crac.", "log_every", "save_every", "validate_every"),
-    *("data.root", "data.splits", "data.cache", "model.weights", "model.encoder_batch", "model.shards"),
+    *("data.root", "data.splits", "data.cache", "data.workers", "model.weights", "model.encoder_batch", "model.shards"),
     *("microbatch", "tensorboard"),
 )
 
@@ -333,8 +333,9 @@ def _describe(
         "Prompt protocol": f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}",
         "Seeds": ", ".join(str(seed) for seed in sorted({m.seed for m in runs.models}))
         + " (order of the slices and choice of their views; every run starts from the same pretrained decoder)",
-        "Training": f"{config.steps} steps of {config.batch_size} slices, {data.views} cached views a slice, Adam "
-        f"{config.optimizer.learning_rate:g} with cosine decay, clip norm {config.optimizer.clip_norm:g}",
+        "Training": f"{config.steps} steps of {config.batch_size} slices, "
+        + ("augmented anew in every step" if data.online else f"{data.views} cached views a slice")
+        + f", Adam {config.optimizer.learning_rate:g} with cosine decay, clip norm {config.optimizer.clip_norm:g}",
         "Loss": f"{', '.join(tasks)}; FIP weight {fisher} ({config.fisher.mode}, {config.fisher.reading}, "
         f"{config.fisher.normalisation}, of {penalised}, {config.fisher.labels} labels, linear warm-up over "
         f"{config.fisher.warmup_fraction:.0%} of the steps), CMP weight {confidence}",

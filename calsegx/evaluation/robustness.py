@@ -83,12 +83,16 @@ def score(
 
 
 def jittered(work: study.Study, subject: study.Subject, amount: float, draw: int) -> study.Subject:
-    """The case with prompts moved by ``prompts.jitter``, seeded by case, slice, amount and draw."""
+    """The case with prompts moved by ``prompts.jitter``, seeded by case, slice, amount and draw.
+
+    A volume's one pair of points moves alike on all slices.
+    """
     given = pipeline.protocol_prompts(subject.cached.prompts, work.protocol)
     size, part = work.backbone.image_size, subject.geometry.resized_shape
     rows = []
     for row, number in enumerate(subject.cached.slices):
-        seed = [SEED, zlib.crc32(subject.case.case_id.encode()), int(number), round(amount * 1e6), draw]
+        place = 0 if work.protocol == "volume_points" else int(number)
+        seed = [SEED, zlib.crc32(subject.case.case_id.encode()), place, round(amount * 1e6), draw]
         of_slice = given.map(lambda values, row=row: values[row])
         rows.append(prompts.jitter(of_slice, np.random.default_rng(seed), amount, size, part))
     moved = rows[0].map(lambda *fields: np.stack(fields), *rows[1:]) if rows else given
