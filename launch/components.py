@@ -67,7 +67,7 @@ class Components:
         )
 
     def count_slices(self, case: Case) -> int:
-        """How many slices ``prepare`` takes of a case, from its label file alone: those of ``EVERY_SLICE`` may be black.
+        """How many slices ``prepare`` takes of a case, from its label alone; of ``EVERY_SLICE`` black ones too.
 
         Raises:
             DataError: for an unusable label file.

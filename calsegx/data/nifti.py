@@ -96,7 +96,7 @@ def write(path: Path, array: np.ndarray, like: Volume, dtype: type) -> None:
         path: ends in ``.nii.gz`` or ``.nii``.
         array: in the working orientation.
         like: a volume that was read; its voxels are not used.
-        dtype: ``np.uint8`` or ``np.uint16`` for labels, ``np.float32`` for probabilities.
+        dtype: of the file, e.g. ``np.uint8`` for labels, ``np.float32`` for probabilities.
 
     Raises:
         ValueError: when shape, values or file name do not fit.
