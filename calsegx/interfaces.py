@@ -52,7 +52,12 @@ class Volume:
     affine: np.ndarray  # [4, 4], working-orientation indices (d, h, w, 1) -> RAS+ millimetres
     spacing_mm: tuple[float, float, float]  # (D, H, W)
     orientation: np.ndarray  # [3, 2] nibabel orientation transform: file axes -> working axes
-    header: Any  # the file's nibabel header: shape, sform/qform and their codes, units
+    header: Any  # a NIfTI file's nibabel header (shape, sform/qform and their codes, units), or pictures.PictureHeader
+
+    @property
+    def voxel_ml(self) -> float:
+        """The volume of one voxel in millilitres, also where the axes are sheared."""
+        return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,11 @@ class Prompts(NamedTuple):
     labels: Array | None = None  # [B, N]
     boxes: Array | None = None  # [B, 4], (x0, y0, x1, y1)
     masks: Array | None = None  # [B, 4h, 4w, 1] logits of an earlier prediction
+
+    def map(self, function: Callable[..., Array], *others: "Prompts") -> "Prompts":
+        """``function(values, *those of others)`` of every field that is given here."""
+        fields = zip(self, *others, strict=True)
+        return Prompts(*(None if values[0] is None else function(*values) for values in fields))
 
 
 class Batch(NamedTuple):

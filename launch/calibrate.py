@@ -27,7 +27,7 @@ from calsegx.interfaces import Case, DataError, UsageError
 from calsegx.losses import expression
 from calsegx.metrics import regions
 from calsegx.training import model_folder, progress
-from launch import common, components, evaluate
+from launch import common, components, trained_runs
 
 BEFORE, AFTER = "before", "after"
 SHOWN = (case_metrics.ECE, case_metrics.BRIER, case_metrics.NLL)
@@ -62,11 +62,11 @@ def calibrate(run: Path, calibrator: str = "temperature", region: str = "all", r
     home = components.of_model(record, "")
     away = components.of_model(record, root) if root else home
     val = home.select("val")
-    evaluate.check_validation(record, val)
+    trained_runs.check_validation(record, val)
     tested = [case for case in home.dataset.cases if case.split == "test"]
     storage.check_split("val", [c.subject_id for c in val], [c.subject_id for c in tested])
     shown = [case for case in (away.dataset.cases if root else tested) if case.label is not None]
-    evaluate.check_unseen(record, shown, same_dataset=not root)
+    trained_runs.check_unseen(record, shown, same_dataset=not root)
 
     work = _study(home, run)
     components.encode(home, work.cache, [(case, 1) for case in val])

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from calsegx import configs, files, losses, models, sharding
 from calsegx.data import cases as case_tools
-from calsegx.data import classes, images, intensity, preprocessing, prompts
+from calsegx.data import classes, frames, images, intensity, preprocessing, prompts
 from calsegx.data import clicks as click_tools
 from calsegx.data import online as online_data
 from calsegx.features import FeatureCache
@@ -65,6 +65,22 @@ class Components:
             image_size=self.backbone.image_size,
             logit_shape=self.backbone.logit_shape,
         )
+
+    def count_slices(self, case: Case) -> int:
+        """How many slices ``prepare`` takes of a case, from its label alone; of ``EVERY_SLICE`` black ones too.
+
+        Raises:
+            DataError: for an unusable label file.
+        """
+        data, backbone = self.config.data, self.backbone
+        label = preprocessing.read_label_volume(case, self.class_map, data.slice_axis)
+        geometry = frames.frame_geometry(
+            label.voxels.shape, label.spacing_mm, backbone.image_size, backbone.logit_shape, configs.resampled(data)
+        )
+        if self.config.protocol in configs.EVERY_SLICE:
+            return geometry.depths[1]
+        working = frames.labels_to_working_depth(label.voxels, geometry, len(self.class_map.names))
+        return int(np.any(working, axis=(1, 2)).sum())
 
     def select(self, split: str) -> tuple[Case, ...]:
         """The cases of a split; training and validation are of the source domain."""
@@ -256,15 +272,10 @@ def train_online(
         DataError: for label files that cannot be used, or hold no foreground.
         UsageError: for a batch that does not fit the cases, processes or devices.
     """
-    config, class_map = components.config, components.class_map
-
-    def has_slices(case: Case) -> bool:
-        voxels = preprocessing.read_label_volume(case, class_map, config.data.slice_axis).voxels
-        return config.protocol in configs.EVERY_SLICE or bool(voxels.any())
-
+    config = components.config
     fingerprints = online.survey(
         cases,
-        has_slices,
+        components.count_slices,
         progress=sharding.process().index == 0,
         between=lambda: stop.check("nothing was written yet."),
     )
@@ -274,7 +285,7 @@ def train_online(
         fingerprints,
         components.preparation,
         components.backbone,
-        len(class_map.names),
+        len(components.class_map.names),
         encoder_mesh(config),
         prompts.jitter_of(config.prompt_jitter, components.backbone.image_size),
     )

@@ -12,10 +12,7 @@ docs/corruptions.md.
 """
 
 import concurrent.futures
-import csv
 import dataclasses
-import io
-import json
 import os
 import sys
 import threading
@@ -136,7 +133,7 @@ def _copies(dataset: Dataset, cases: Iterable[Case], names: Sequence[str], level
         for number, channel in enumerate(dataset.channels):
             if channel not in case.images:
                 raise DataError(f"Case {case.case_id!r} of {dataset.root} has no channel {channel!r}; add its file.")
-            if not case.images[channel].name.endswith((".nii", ".nii.gz")):
+            if not case.images[channel].name.endswith(nifti.ENDINGS):
                 raise DataError(f"{case.images[channel]} is no NIfTI volume; the corruptions are those of MR scanners.")
             for name, level in changes:
                 copy = Copy(case, channel, name, level, "")
@@ -234,23 +231,17 @@ def _for_each_scan(copies: Sequence[Copy], work: Callable[[Copy, Volume], None],
 
 def _write_index(output: Path, dataset: Dataset, copies: Sequence[Copy]) -> int:
     """``dataset.json`` and, last of all, ``cases.tsv``; returns the number of its cases."""
-    rows: dict[str, dict[str, str]] = {}
+    images: dict[tuple[str, str], dict[str, Path]] = {}
+    cases: dict[tuple[str, str], Case] = {}
     for copy in copies:
-        case = copy.case
-        row = rows.setdefault(f"{case.case_id}__{copy.domain}", {"subject_id": case.subject_id})
-        row[f"image:{copy.channel}"] = copy.name
-        row["label"] = _relative(case.label, output) if case.label else ""
-        row |= {"split": "test", "centre": case.centre, "scanner": copy.domain, "field_strength": case.field_strength}
-    text = io.StringIO()
-    columns = ["case_id", "subject_id", *(f"image:{channel}" for channel in dataset.channels), *table.COLUMNS[2:]]
-    writer = csv.DictWriter(text, columns, delimiter="\t", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({"case_id": case_id, **row} for case_id, row in rows.items())
-    if dataset.labels:
-        labels = json.dumps({"name": output.name, "labels": dict(dataset.labels)}, indent=2)
-        files.write_atomically(output / "dataset.json", labels + "\n")
-    files.write_atomically(output / table.FILE_NAME, text.getvalue())
-    return len(rows)
+        key = copy.case.case_id, copy.domain
+        images.setdefault(key, {})[copy.channel] = output / copy.name
+        new = {"case_id": "__".join(key), "split": "test", "scanner": copy.domain, "volumes": {}}
+        cases[key] = dataclasses.replace(copy.case, **new, images=images[key])
+    written = dataclasses.replace(dataset, cases=tuple(cases.values()))
+    for name, text in reversed(table.contents(written, lambda path: _relative(path, output)).items()):
+        files.write_atomically(output / name, text)
+    return len(cases)
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -20,7 +20,6 @@ import numpy as np
 from absl import flags
 
 from calsegx import configs, features, sharding
-from calsegx.data import preprocessing
 from calsegx.interfaces import Case, InputError
 from calsegx.training import cache_jobs, checkpoints, cost
 from launch import common, components
@@ -95,12 +94,11 @@ def describe_run(config: configs.TrainConfig, workdir: Path) -> tuple[list[str],
 def count_slices(
     parts: components.Components, root: Path, groups: Sequence[tuple[Sequence[Case], int]]
 ) -> tuple[int, int]:
-    """Slices with foreground, and views of them that the cache at ``root`` lacks."""
+    """Slices that are encoded, and views of them that the cache at ``root`` lacks."""
     slices = missing = 0
     for cases, views in groups:
         for case in (case for case in cases if case.label is not None):
-            voxels = preprocessing.read_label_volume(case, parts.class_map, parts.config.data.slice_axis).voxels
-            count = int(np.any(voxels, axis=(1, 2)).sum())
+            count = parts.count_slices(case)
             names = cache_jobs.view_names(views)
             slices += count
             missing += count * sum(not (root / case.case_id / view / "done.json").exists() for view in names)

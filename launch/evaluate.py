@@ -15,9 +15,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +25,14 @@ from absl import flags
 
 import calsegx
 from calsegx import bundle, configs, files
-from calsegx.calibrators import storage
 from calsegx.data import cases as case_tools
 from calsegx.data import images
 from calsegx.data.corruptions import manifest
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import gallery, methods, report, robustness, study, tables
-from calsegx.interfaces import Case, DataError, UsageError
-from calsegx.training import metrics_log, model_folder, progress
-from launch import common, components, exchange
-
-# Settings in which compared runs may differ: what they are compared for, and what changes no number.
-MAY_DIFFER = (
-    *("method", "loss", "seed", "fisher.", "cmp.", "crac.", "log_every", "save_every", "validate_every"),
-    *("data.root", "data.splits", "data.cache", "model.weights", "model.encoder_batch", "model.shards"),
-    *("microbatch", "tensorboard"),
-)
-
+from calsegx.interfaces import Case, UsageError
+from calsegx.training import progress
+from launch import common, components, exchange, trained_runs
 
 PROTOCOL_NOTES = {
     "gt_points": "placed on the ground truth, one pair per slice with foreground",
@@ -53,140 +42,6 @@ PROTOCOL_NOTES = {
     "volume_points": "placed on the ground truth, one pair per volume for all its slices",
     "none": "no prompt: a box round every slice",
 }
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Trained decoders that share one dataset, backbone and prompt protocol."""
-
-    models: Sequence[study.Model]
-    record: Mapping[str, Any]  # of the first
-    logs: Mapping[str, Sequence[Mapping[str, Any]]]
-    configs: Sequence[configs.TrainConfig]  # of the models
-
-
-def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
-    """Load the models, and refuse to compare what was not trained alike.
-
-    Raises:
-        UsageError: when the runs differ in cases, backbone, classes, prompt protocol or any setting of training
-            beside those of ``MAY_DIFFER``, or ``protocol`` is another one than theirs.
-    """
-    if not folders:
-        raise UsageError("--runs is empty; give the folders of trained runs, separated by commas.")
-    loaded = [model_folder.load(folder) for folder in folders]
-    first = loaded[0][1]
-    for folder, (_, record) in zip(folders, loaded, strict=True):
-        trained = record["config"]["protocol"]
-        if protocol and protocol != trained:
-            raise UsageError(
-                f"{folder} was trained with the prompt protocol {trained!r}, not with --protocol={protocol!r}; "
-                f"evaluate it with {trained!r} or train a run with {protocol!r}."
-            )
-        _check_alike(folder, record, folders[0], first)
-    settings = [configs.from_dict(configs.TrainConfig, r["config"], "model.json") for _, r in loaded]
-    models = [
-        study.Model(name, config.seed, jax.device_put(params), record["decoder_sha256"])
-        for name, config, (params, record) in zip(_names(settings), settings, loaded, strict=True)
-    ]
-    for folder, model in zip(folders, models, strict=True):
-        if sum((m.method, m.seed) == (model.method, model.seed) for m in models) > 1:
-            raise UsageError(
-                f"{folder} repeats {model.method} with seed {model.seed}; runs are told apart by method, loss, weights "
-                "of the penalties and seed: give every run once."
-            )
-    several = len({m.seed for m in models}) > 1
-    logs = {}
-    for folder, m, (_, record) in zip(folders, models, loaded, strict=True):
-        name = m.method + (f" seed {m.seed}" if several else "")
-        logs[name] = metrics_log.read(folder / "metrics.jsonl", record.get("log"))
-    return Runs(models, first, logs, settings)
-
-
-def _names(runs: Sequence[configs.TrainConfig]) -> list[str]:
-    """What the runs are called: ``configs.method_name``, with the penalties' weights where only they differ."""
-    names, weights = [configs.method_name(run) for run in runs], [_weights(run) for run in runs]
-    found = []
-    for name, own in zip(names, weights, strict=True):
-        if any(other != own for same, other in zip(names, weights, strict=True) if same == name):
-            name += ("; " if ":" in name else ":") + ", ".join(f"{term} {value:g}" for term, value in own.items())
-        found.append(name)
-    return found
-
-
-def _weights(run: configs.TrainConfig) -> dict[str, float]:
-    """The weights of the penalties that the run's method has."""
-    method = configs.METHODS[run.method]
-    weights = {"FIP": (method.fisher, run.fisher.weight), "CMP": (method.confidence, run.cmp.weight)}
-    return {term: weight for term, (used, weight) in weights.items() if used}
-
-
-def _check_alike(folder: Path, record: Mapping[str, Any], reference_folder: Path, reference: Mapping[str, Any]) -> None:
-    changed = configs.differences(reference["config"], record["config"])
-    changed |= {
-        key: (reference[key], record[key])
-        for key in ("backbone", "class_ids", "channels", "seen")
-        if _comparable(reference, key) != _comparable(record, key)
-    }
-    for name, (theirs, mine) in changed.items():
-        if not name.startswith(MAY_DIFFER):
-            values = "" if name == "seen" else f" ({mine!r} and {theirs!r})"
-            what = "training or validation cases" if name == "seen" else name
-            raise UsageError(f"{folder} and {reference_folder} differ in {what}{values}; evaluate them separately.")
-
-
-def _comparable(record: Mapping[str, Any], key: str) -> Any:
-    """A bundle has no names of cases: their files tell whether they are the same."""
-    if key != "seen":
-        return record[key]
-    return {split: sorted(case["fingerprint"] for case in cases) for split, cases in record[key].items()}
-
-
-def _own_temperatures(folders: Sequence[Path], runs: Runs) -> dict[tuple[str, int], dict[str, Any]]:
-    """The temperatures that bundles bring with them."""
-    found = {}
-    for folder, model in zip(folders, runs.models, strict=True):
-        if (folder / bundle.CALIBRATOR).exists():
-            name, params = storage.load(folder / bundle.CALIBRATOR)
-            if name == "temperature":
-                found[model.method, model.seed] = params
-            else:
-                print(f"note: {folder} is scored without its calibrator {name}; only temperatures are", file=sys.stderr)
-    return found
-
-
-def check_unseen(record: Mapping[str, Any], test: Sequence[Case], same_dataset: bool) -> None:
-    """No test case, and within a dataset no test subject, may have been trained, validated or calibrated on.
-
-    Raises:
-        DataError: naming the first that was.
-    """
-    seen = [entry for entries in record["seen"].values() for entry in entries]
-    files_seen = {entry["fingerprint"]: entry["case_id"] for entry in seen}
-    subjects = {entry["subject_id"] for entry in seen} if same_dataset else set()
-    for case in test:
-        known = files_seen.get(case_tools.fingerprint(case))
-        if known or case.subject_id in subjects:
-            what = f"holds the same files as case {known!r}" if known else f"is of subject {case.subject_id!r}"
-            raise DataError(
-                f"Test case {case.case_id!r} {what}, which the model was trained or validated on; evaluate on cases it "
-                "has not seen, with the splits it was trained with."
-            )
-
-
-def check_validation(record: Mapping[str, Any], val: Sequence[Case]) -> None:
-    """What a calibrator is fitted on must be what the run was validated on.
-
-    Raises:
-        DataError: naming the first case that is not.
-    """
-    validated = {entry["fingerprint"] for entry in record["seen"]["val"]}
-    for case in val:
-        if case_tools.fingerprint(case) not in validated:
-            raise DataError(
-                f"Validation case {case.case_id!r} is not among the {len(validated)} that the run was validated on; "
-                "restore the dataset and its splits, or train again."
-            )
 
 
 def evaluate(
@@ -208,7 +63,7 @@ def evaluate(
         prompt_draws: how often for each amount.
     """
     folders = [bundle.resolve(folder) for folder in folders]
-    runs, first = read_runs(folders, protocol), jax.process_index() == 0
+    runs, first = trained_runs.read_runs(folders, protocol), jax.process_index() == 0
     robustness.check(prompt_jitter, prompt_draws, runs.configs[0].protocol)
     away = components.of_model(runs.record, root)
     bundled = not runs.record["config"]["data"]["root"]
@@ -219,14 +74,14 @@ def evaluate(
     if not test:
         raise UsageError(f"The test cases of {away.dataset.root} have no labels, so there is nothing to compare with.")
 
-    check_unseen(runs.record, test, same_dataset=not root)
-    check_validation(runs.record, val)
+    trained_runs.check_unseen(runs.record, test, same_dataset=not root)
+    trained_runs.check_validation(runs.record, val)
     features = components.feature_cache(home, workdir if bundled else folders[0])
     components.encode(home, features, [(case, 1) for case in (*train, *val)])
     domain_column = config.data.domain if root or config.data.source else ""
     work = study.Study(features, home.backbone, home.class_map, config.protocol, domain_column, config.data)
     if bundled:
-        temperatures, guesses = _own_temperatures(folders, runs), {}
+        temperatures, guesses = trained_runs.own_temperatures(folders, runs), {}
     else:
         temperatures = {(m.method, m.seed): study.fit_calibrator(work, m, val) for m in runs.models}
         guesses = study.fit_guesses(work, train)
@@ -296,7 +151,7 @@ def evaluate(
 def _describe(
     parts: components.Components,
     away: components.Components,
-    runs: Runs,
+    runs: trained_runs.Runs,
     splits: Mapping[str, Sequence[Case]],
     temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
     guesses: Mapping[str, Any],
@@ -323,7 +178,8 @@ def _describe(
     count = len(parts.class_map.names)
     tasks = dict.fromkeys(configs.loss_expressions(run, count)[0] for run in runs.configs)
     penalised = configs.loss_expressions(config, count)[1]
-    fisher, confidence = (_listed([_weights(run) for run in runs.configs], term) for term in ("FIP", "CMP"))
+    weights = [trained_runs.penalty_weights(run) for run in runs.configs]
+    fisher, confidence = (_listed(weights, term) for term in ("FIP", "CMP"))
     return {
         "Dataset": runs.record["dataset"],
         **({"Tested on": away.dataset.root.name} if away.dataset.root.name != runs.record["dataset"] else {}),
@@ -333,8 +189,9 @@ def _describe(
         "Prompt protocol": f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}",
         "Seeds": ", ".join(str(seed) for seed in sorted({m.seed for m in runs.models}))
         + " (order of the slices and choice of their views; every run starts from the same pretrained decoder)",
-        "Training": f"{config.steps} steps of {config.batch_size} slices, {data.views} cached views a slice, Adam "
-        f"{config.optimizer.learning_rate:g} with cosine decay, clip norm {config.optimizer.clip_norm:g}",
+        "Training": f"{config.steps} steps of {config.batch_size} slices, "
+        + ("augmented anew in every step" if data.online else f"{data.views} cached views a slice")
+        + f", Adam {config.optimizer.learning_rate:g} with cosine decay, clip norm {config.optimizer.clip_norm:g}",
         "Loss": f"{', '.join(tasks)}; FIP weight {fisher} ({config.fisher.mode}, {config.fisher.reading}, "
         f"{config.fisher.normalisation}, of {penalised}, {config.fisher.labels} labels, linear warm-up over "
         f"{config.fisher.warmup_fraction:.0%} of the steps), CMP weight {confidence}",

@@ -1,4 +1,4 @@
-"""Segment cases with a trained run: masks and probabilities as NIfTI, on the input's own grid.
+"""Segment cases with a trained run: masks and probabilities on the input's own grid, NIfTI or PNG as the input.
 
 python -m launch.predict --run=runs/x/calsam_seed42 --output=predictions --data=DATASET --prompts=clicks.tsv
 python -m launch.predict --model=BUNDLE.zip --output=predictions --data=DATASET --prompts=clicks.tsv

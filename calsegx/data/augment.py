@@ -16,7 +16,8 @@ def augment(
     """Augment every slice on its own.
 
     In this order: a rigid rotation about the slice's centre by U(-a, a), ``a = rotation_degrees``, unless it would move
-    the slice's whole foreground out of the image; a left-right flip with probability 1/2; ``c (x - m) + m + b m`` with
+    the slice's whole foreground out of the image; a left-right flip with probability 1/2, but for
+    sagittal slices, whose columns run from front to back; ``c (x - m) + m + b m`` with
     contrast ``c`` in 1 +- intensity_fraction, brightness ``b`` in +- intensity_fraction and ``m`` the mean of the
     pixels above 0; ``255 (x / 255)^g`` with ``g = exp(U(-gamma, gamma))``; linear sampling on a grid ``U(1,
     low_resolution)`` times as coarse, and back; Gaussian noise of standard deviation ``255 U(0, noise)``.  What is 0,
@@ -37,7 +38,7 @@ def augment(
     moves = np.empty((len(images), 3, 3))
     for index in range(len(images)):
         angle = np.deg2rad(rng.uniform(-config.rotation_degrees, config.rotation_degrees))
-        flip = rng.random() < 0.5
+        flip = rng.random() < 0.5 and config.slice_axis != "sagittal"
         contrast = 1 + rng.uniform(-config.intensity_fraction, config.intensity_fraction)
         brightness = rng.uniform(-config.intensity_fraction, config.intensity_fraction)
         matrix = _rotation(angle, images.shape[1:3], spacing_mm)

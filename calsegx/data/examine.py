@@ -10,7 +10,7 @@ import numpy as np
 from nibabel import affines
 
 from calsegx import configs
-from calsegx.data import classes, images, nifti
+from calsegx.data import classes, images, intensity, nifti
 from calsegx.interfaces import Case, DataError, Volume
 
 LABEL = "label"  # roles of files: this, and image:<channel>, as the columns of cases.tsv
@@ -113,9 +113,8 @@ def _contents(path: Path, volume: Volume, label: bool) -> Contents:
     voxels = volume.voxels
     ids: dict[int, float] = {}
     if label:
-        millilitres = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
         values, counts = np.unique(voxels, return_counts=True)
-        ids = {int(value): int(count) * millilitres for value, count in zip(values, counts, strict=True)}
+        ids = {int(value): int(count) * volume.voxel_ml for value, count in zip(values, counts, strict=True)}
     return Contents(
         file=str(path),
         shape=voxels.shape,
@@ -136,7 +135,7 @@ def _file_axes(volume: Volume) -> Iterator[str]:
 def _check_twin(path: Path, say: Say) -> None:
     """The same case a second time, compressed or not."""
     twin = path.with_suffix("") if path.name.endswith(".nii.gz") else path.with_name(path.name + ".gz")
-    if path.name.endswith((".nii", ".nii.gz")) and twin.exists():
+    if path.name.endswith(nifti.ENDINGS) and twin.exists():
         say("warning", "twice", f"{path} is used, but {twin.name} stands beside it; remove one of them.")
 
 
@@ -243,12 +242,12 @@ def _check_image(path: Path, voxels: np.ndarray, say: Say) -> None:
     if lowest == highest:
         say("error", "constant", f"{path} is constant: every voxel is {lowest:g}; export it again or leave it out.")
         return
-    negative = np.count_nonzero(voxels < -0.05 * max(-lowest, highest))  # as preprocessing.normalise_intensity
-    if negative > 0.01 * voxels.size:
+    negative = intensity.negative_share(voxels)
+    if negative > intensity.MOST_NEGATIVE:
         say(
             "warning",
             "negative",
-            f"{negative / voxels.size:.0%} of the voxels of {path} are negative (down to {lowest:g}), which "
+            f"{negative:.0%} of the voxels of {path} are negative (down to {lowest:g}), which "
             "--config.data.intensity=percentile, the default, refuses; choose another, such as medsam_ct for CT.",
         )
     sample = voxels.reshape(-1)[:: max(1, voxels.size // _SAMPLE)]

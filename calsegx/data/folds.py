@@ -106,8 +106,7 @@ def foreground_ml(case: Case, class_map: classes.ClassMap) -> float:
         DataError: for an unusable label file.
     """
     label = preprocessing.read_label_volume(case, class_map)
-    voxel_mm3 = abs(np.linalg.det(label.affine[:3, :3]))
-    return float(np.count_nonzero(label.voxels) * voxel_mm3 / 1000)
+    return np.count_nonzero(label.voxels) * label.voxel_ml
 
 
 def order(subjects: Iterable[Subject], seed: int) -> list[Subject]:

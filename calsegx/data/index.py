@@ -1,10 +1,7 @@
 """What is in a dataset: a summary in words, domains from a side table, and the index as a cases.tsv."""
 
-import csv
 import dataclasses
 import difflib
-import io
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -17,9 +14,6 @@ from calsegx import files
 from calsegx.data import cases, images, side_table
 from calsegx.data.layouts import table
 from calsegx.interfaces import Case, DataError, Dataset, UsageError
-
-DESCRIPTION = "dataset.json"
-_CUBIC_MM = 1000.0  # per millilitre
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ def check_folder(dataset: Dataset, folder: Path) -> None:
         UsageError: when it lies in the dataset, or holds another index.
     """
     files.check_outside(folder, dataset.root, "--output")
-    for name, content in _contents(dataset).items():
+    for name, content in table.contents(dataset).items():
         path = folder / name
         if path.exists() and not (path.is_file() and path.read_bytes() == content.encode()):
             raise UsageError(f"{path} is there already, with other content; name another folder or move it away.")
@@ -140,36 +134,9 @@ def write_cases(dataset: Dataset, folder: Path) -> Path:
         InputError: when the files cannot be written.
     """
     check_folder(dataset, folder)
-    for name, content in reversed(_contents(dataset).items()):  # the table last: with it the folder is a dataset
+    for name, content in reversed(table.contents(dataset).items()):  # the table last: with it the folder is a dataset
         files.write_atomically(folder / name, content)
     return folder / table.FILE_NAME
-
-
-def _contents(dataset: Dataset) -> dict[str, str]:
-    chosen = [channel for channel in dataset.channels if any(channel in case.volumes for case in dataset.cases)]
-    stream = io.StringIO()
-    writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-    columns = table.COLUMNS
-    files_of = [f"image:{channel}" for channel in dataset.channels] + [f"volume:{channel}" for channel in chosen]
-    writer.writerow([*columns[:2], *files_of, *columns[2:]])
-    for case in dataset.cases:
-        writer.writerow(
-            [
-                case.case_id,
-                case.subject_id,
-                *(case.images[channel].absolute() for channel in dataset.channels),
-                *(case.volumes.get(channel, "") for channel in chosen),
-                case.label.absolute() if case.label else "",
-                *(getattr(case, column) for column in columns[3:]),
-            ]
-        )
-    description: dict[str, object] = {"labels": dict(dataset.labels)}
-    if dataset.default_classes:
-        description["default_classes"] = dataset.default_classes
-    return {
-        table.FILE_NAME: stream.getvalue(),
-        DESCRIPTION: json.dumps(description, indent=2, ensure_ascii=False) + "\n",
-    }
 
 
 def _measure(case: Case, channel: str, headers_only: bool) -> Measured:
@@ -178,8 +145,7 @@ def _measure(case: Case, channel: str, headers_only: bool) -> Measured:
     if case.label is not None and not headers_only:
         label = images.read_labels(case.label)
         ids, counts = np.unique(label.voxels[label.voxels != 0], return_counts=True)
-        voxel_ml = float(np.prod(label.spacing_mm)) / _CUBIC_MM
-        volumes = {int(value): int(count) * voxel_ml for value, count in zip(ids, counts, strict=True)}
+        volumes = {int(value): int(count) * label.voxel_ml for value, count in zip(ids, counts, strict=True)}
     return Measured(shape, spacing, volumes)
 
 

@@ -16,6 +16,7 @@ registry: Registry[Callable[[np.ndarray, configs.DataConfig], np.ndarray]] = Reg
 
 Z_RANGE = 3.0  # standard deviations on either side of the mean that are kept
 MEDSAM_PERCENTILES = (0.5, 99.5)
+MOST_NEGATIVE = 0.01  # of the voxels, in an image whose voxels above 0 are the brain or the head
 
 
 @registry.register("percentile")
@@ -88,6 +89,12 @@ def normalise(voxels: np.ndarray, config: configs.DataConfig) -> np.ndarray:
     return registry.get(config.intensity)(voxels, config)
 
 
+def negative_share(voxels: np.ndarray) -> float:
+    """How much of the image is clearly negative: below -5 % of its largest magnitude."""
+    largest = max(-float(voxels.min()), float(voxels.max()))
+    return float(np.count_nonzero(voxels < -0.05 * largest) / voxels.size)
+
+
 def _percentiles(voxels: np.ndarray, lower: float, upper: float) -> tuple[float, float]:
     low, high = np.percentile(_above_zero(voxels), [lower, upper])
     if not high > low:
@@ -102,10 +109,10 @@ def _whole_numbers(voxels: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _above_zero(voxels: np.ndarray) -> np.ndarray:
-    negative = np.count_nonzero(voxels < -0.05 * np.abs(voxels).max())
-    if negative > 0.01 * voxels.size:
+    negative = negative_share(voxels)
+    if negative > MOST_NEGATIVE:
         raise ValueError(
-            f"{negative / voxels.size:.0%} of its voxels are negative; expected magnitudes with the background near 0 "
+            f"{negative:.0%} of its voxels are negative; expected magnitudes with the background near 0 "
             "(add a constant to z-scores; --config.data.intensity=medsam_ct is for CT)"
         )
     inside = voxels[voxels > 0]

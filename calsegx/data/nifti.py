@@ -26,6 +26,7 @@ WORKING_AXES = {  # slice axis -> where D, H and W run to; row 0 of a slice is o
     "coronal": ("P", "I", "L"),
     "sagittal": ("L", "I", "P"),
 }
+ENDINGS = (".nii.gz", ".nii")
 GRID_TOLERANCE_MM = 1e-2  # at the farthest corner: above the noise of float32 affines and quaternions
 INTEGER_TOLERANCE = 1e-3  # labels stored with a scale factor come back as 1.00000002
 _MILLIMETRES = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
@@ -95,13 +96,13 @@ def write(path: Path, array: np.ndarray, like: Volume, dtype: type) -> None:
         path: ends in ``.nii.gz`` or ``.nii``.
         array: in the working orientation.
         like: a volume that was read; its voxels are not used.
-        dtype: ``np.uint8`` or ``np.uint16`` for labels, ``np.float32`` for probabilities.
+        dtype: of the file, e.g. ``np.uint8`` for labels, ``np.float32`` for probabilities.
 
     Raises:
         ValueError: when shape, values or file name do not fit.
         InputError: when the file cannot be written.
     """
-    if not path.name.endswith((".nii", ".nii.gz")):
+    if not path.name.endswith(ENDINGS):
         raise ValueError(f"the name must end in .nii or .nii.gz; got {path}")
     voxels = array.astype(dtype)
     if np.issubdtype(dtype, np.integer) and not np.array_equal(voxels, array):
@@ -261,7 +262,7 @@ def _load(path: Path, volume: int | None = None) -> tuple[nibabel.Nifti1Header, 
 def _read_bytes(path: Path) -> bytes:
     """The whole file, decompressed, after the checks that need no header."""
     require_file(path)
-    if not path.name.endswith((".nii", ".nii.gz")):
+    if not path.name.endswith(ENDINGS):
         raise DataError(f"{path} does not end in .nii or .nii.gz; convert it to NIfTI.")
     try:
         content = path.read_bytes()

@@ -110,7 +110,7 @@ class OnlineData:
         volume = self.read(self.places[0][0])
         first = volume._replace(images=volume.images[:2])
         labels, prompts = _joined([volume])
-        return Batch(self.encode([first]), labels[:2], _map(lambda array: array[:2], prompts))
+        return Batch(self.encode([first]), labels[:2], prompts.map(lambda values: values[:2]))
 
 
 def order(
@@ -161,12 +161,8 @@ def _next(reading: Any) -> list[Slices]:
 
 def _joined(volumes: Sequence[Slices]) -> tuple[np.ndarray, Prompts]:
     labels = np.concatenate([volume.labels for volume in volumes])
-    fields = zip(*(volume.prompts for volume in volumes), strict=True)
-    return labels, Prompts(*(None if field[0] is None else np.concatenate(field) for field in fields))
-
-
-def _map(function: Callable[[np.ndarray], np.ndarray], prompts: Prompts) -> Prompts:
-    return Prompts(*(None if field is None else function(field) for field in prompts))
+    first, *others = (volume.prompts for volume in volumes)
+    return labels, first.map(lambda *fields: np.concatenate(fields), *others)
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -196,13 +196,9 @@ def _one(cache: features.FeatureCache, place: Place, protocol: str) -> Batch:
 
 def _stack(items: Sequence[Batch]) -> Batch:
     """Items without a batch axis -> one batch."""
-    first = items[0]
-    prompts = {
-        field: None if getattr(first.prompts, field) is None else np.stack([getattr(i.prompts, field) for i in items])
-        for field in Prompts._fields
-    }
+    first, *others = (item.prompts for item in items)
     return Batch(
         np.stack([item.features for item in items]),
         np.stack([item.labels for item in items]),
-        Prompts(**prompts),
+        first.map(lambda *fields: np.stack(fields), *others),
     )

@@ -85,7 +85,7 @@ def prepare_case(
         slices, clicked = click_tools.from_clicks(table, case.case_id, reference, protocol, geometry)
         if protocol in configs.EVERY_SLICE:
             kept = np.isin(slices, visible)
-            slices, clicked = slices[kept], Prompts(*(None if value is None else value[kept] for value in clicked))
+            slices, clicked = slices[kept], clicked.map(lambda values: values[kept])
     elif protocol in configs.EVERY_SLICE or working is None:
         slices = visible
     else:

@@ -53,7 +53,7 @@ def predict_slices(
     outputs = []
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        batch = Prompts(*(None if value is None else np.asarray(value)[rows] for value in prompts))
+        batch = prompts.map(lambda values, rows=rows: np.asarray(values)[rows])
         # float32, as the decoder was validated in training; the cache keeps bfloat16.
         z = np.asarray(features[start : start + batch_size])[rows - start].astype(np.float32)
         logits = decode_jit(trainable, frozen, z, batch)
@@ -66,7 +66,7 @@ def _no_logits(decode_jit, trainable, frozen, features, prompts, batch_size) -> 
         value = np.asarray(value)
         return jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype)
 
-    batch = Prompts(*(None if value is None else padded(value) for value in prompts))
+    batch = prompts.map(padded)
     z = jax.ShapeDtypeStruct((batch_size, *features.shape[1:]), np.float32)
     shape = jax.eval_shape(decode_jit, trainable, frozen, z, batch).shape
     return np.zeros((0, *shape[1:]), np.float32)

@@ -15,7 +15,7 @@ import numpy as np
 from calsegx import files
 from calsegx.data import pipeline, prompts
 from calsegx.evaluation import evaluate, methods, study
-from calsegx.interfaces import Prompts, UsageError
+from calsegx.interfaces import UsageError
 
 SEED = 2024  # of the jitter: the same for all runs, so that they are compared on the same prompts
 REGION = "p>0.01"  # of the ECE
@@ -83,17 +83,19 @@ def score(
 
 
 def jittered(work: study.Study, subject: study.Subject, amount: float, draw: int) -> study.Subject:
-    """The case with prompts moved by ``prompts.jitter``, seeded by case, slice, amount and draw."""
+    """The case with prompts moved by ``prompts.jitter``, seeded by case, slice, amount and draw.
+
+    A volume's one pair of points moves alike on all slices.
+    """
     given = pipeline.protocol_prompts(subject.cached.prompts, work.protocol)
     size, part = work.backbone.image_size, subject.geometry.resized_shape
     rows = []
     for row, number in enumerate(subject.cached.slices):
-        seed = [SEED, zlib.crc32(subject.case.case_id.encode()), int(number), round(amount * 1e6), draw]
-        of_slice = Prompts(*(None if values is None else values[row] for values in given))
+        place = 0 if work.protocol == "volume_points" else int(number)
+        seed = [SEED, zlib.crc32(subject.case.case_id.encode()), place, round(amount * 1e6), draw]
+        of_slice = given.map(lambda values, row=row: values[row])
         rows.append(prompts.jitter(of_slice, np.random.default_rng(seed), amount, size, part))
-    moved = given
-    if rows:
-        moved = Prompts(*(None if parts[0] is None else np.stack(parts) for parts in zip(*rows, strict=True)))
+    moved = rows[0].map(lambda *fields: np.stack(fields), *rows[1:]) if rows else given
     return dataclasses.replace(subject, cached=subject.cached._replace(prompts={work.protocol: moved}))
 
 

@@ -20,7 +20,7 @@ from calsegx.training import progress as progress_bar
 
 def survey(
     cases: Sequence[Case],
-    has_slices: Callable[[Case], bool],
+    count_slices: Callable[[Case], int],
     *,
     progress: bool = True,
     between: Callable[[], None] = lambda: None,
@@ -29,7 +29,7 @@ def survey(
 
     Args:
         cases: with labels.
-        has_slices: whether a case can give slices; raises for unusable label files.
+        count_slices: how many slices a case can give; raises for unusable label files.
         progress: whether to show progress and say what is left out.
         between: called after every case; it may raise.
 
@@ -38,7 +38,7 @@ def survey(
     """
 
     def look(case: Case) -> str | None:
-        return case_tools.fingerprint(case) if has_slices(case) else None
+        return case_tools.fingerprint(case) if count_slices(case) else None
 
     found: dict[str, str | None] = {}
     with (

@@ -156,3 +156,14 @@ def test_a_slice_that_would_lose_its_foreground_is_not_rotated():
             np.testing.assert_array_equal(np.abs(move[:2, :2]), np.eye(2))
     without = augment.augment(images, 0 * labels, np.random.default_rng(0), ranges(15.0, 0.0))[0]
     assert np.abs(without - moved).max() > 10  # and turned where there is none to lose
+
+
+def test_sagittal_slices_are_not_mirrored_front_to_back():
+    images = np.tile(np.linspace(1, 200, 30, dtype=np.float32), (40, 20, 1))[..., None]
+    labels = np.ones(images.shape[:3], np.uint8)
+    for slice_axis, mirrored in (("axial", True), ("coronal", True), ("sagittal", False)):
+        config = ranges(0.0, 0.0, slice_axis=slice_axis)
+        moved, _, moves = augment.augment(images, labels, np.random.default_rng(0), config)
+        rising = moved[:, 0, -1, 0] > moved[:, 0, 0, 0]
+        assert (not rising.all()) == mirrored and rising.any()
+        np.testing.assert_array_equal(moves[:, 0, 0] > 0, rising)

@@ -75,8 +75,7 @@ def test_channels_move_apart_and_the_same_call_gives_the_same_bytes(written, dat
     files = sorted(path.relative_to(written) for path in written.rglob("*.nii.gz"))
     assert len(files) == 4 * 4 * 5
     for name in [*files, "manifest.json", "dataset.json"]:
-        if name != "dataset.json":  # it holds the folder's name
-            assert (written / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+        assert (written / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
 def test_check_finds_nothing_and_then_what_was_changed(folder, data, written):
@@ -192,11 +191,14 @@ def test_floats_unlabelled_cases_and_other_splits(tmp_path, capsys):
         voxels = rng.normal(size=(12, 10, 3)).astype(np.float32)  # z-scores
         nibabel.save(nibabel.Nifti1Image(voxels, np.diag([2, 2, 5, 1.0])), root / f"{name}.nii")
     (root / "cases.tsv").write_text("case_id\timage:T1\tsplit\na\ta.nii\ttrain\nb\tb.nii\ttest\n")
+    description = {"labels": {"background": 0, "a": 1, "b": 2}, "default_classes": "whole=1+2"}
+    (root / "dataset.json").write_text(json.dumps(description))
     data = configs.DataConfig(root=str(root))
     assert corrupt.corrupt(data, ["gibbs"], [5], tmp_path / "out", "all") == 4
     assert "do not evaluate a model on subjects it was trained on" in capsys.readouterr().err
     found = case_tools.load(configs.DataConfig(root=str(tmp_path / "out")))
     assert all(case.label is None for case in found.cases)
+    assert (found.labels, found.default_classes) == (description["labels"], "whole=1+2")
     image = nibabel.load(tmp_path / "out" / "images" / "a__gibbs-5_0000.nii.gz")
     assert image.get_data_dtype() == np.float32 and np.asarray(image.dataobj).min() < 0
 

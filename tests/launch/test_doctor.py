@@ -56,8 +56,12 @@ def test_a_batch_that_does_not_divide_fails(config):
     assert "Feature cache" in done.stdout and "can start" not in done.stdout
 
 
-def test_the_predicted_cache_is_the_one_that_is_written(config, tmp_path):
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=str(tmp_path / "cache")))
+@pytest.mark.parametrize(
+    ("protocol", "resample"), [("gt_points", ""), ("gt_points", "5x32x32"), ("volume_points", ""), ("none", "5x32x32")]
+)
+def test_the_predicted_cache_is_the_one_that_is_written(config, tmp_path, protocol, resample):
+    data = dataclasses.replace(config.data, cache=str(tmp_path / "cache"), resample=resample)
+    config = dataclasses.replace(config, data=data, protocol=protocol)
     parts = components.build(config)
     groups = [(parts.select("train"), config.data.views), (parts.select("val"), 1)]
     slices, missing = doctor.count_slices(parts, tmp_path / "cache", groups)

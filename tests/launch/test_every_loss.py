@@ -16,7 +16,7 @@ from calsegx import configs, losses
 from calsegx.interfaces import UsageError
 from calsegx.models import sam
 from calsegx.training import model_folder
-from launch import components, evaluate, train
+from launch import components, evaluate, train, trained_runs
 from tests.launch.conftest import SMALL
 
 PENALTIES = ("cmp", "mbls_penalty", "nacl_penalty", "probability_margin")  # they ask for doubt alone, so for no labels
@@ -95,4 +95,4 @@ def test_runs_with_different_losses_are_told_apart_in_one_report(trained, tmp_pa
     assert own["provenance"]["decoder_sha256"] == model["decoder_sha256"]
 
     with pytest.raises(UsageError, match="repeats sam_ft:ce with seed 42; runs are told apart by method, loss"):
-        evaluate.read_runs([runs[1][0], runs[1][0]], "")
+        trained_runs.read_runs([runs[1][0], runs[1][0]], "")

@@ -200,3 +200,14 @@ def test_training_needs_the_folder_alone(tmp_path, name, small_sam):
     assert launch_verify.verify_dataset(root).examined
     summary = train.train(config, tmp_path / "run")
     assert summary["steps"] == 1 and np.isfinite(summary["validation_loss"])
+
+
+def test_volumes_of_sheared_labels(tmp_path):
+    affine = np.array([[1.0, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])  # 2 mm^3: a shear keeps volumes
+    for name in ("image", "label"):
+        image = nibabel.Nifti1Image(np.ones((5, 5, 4), np.int16), affine)
+        image.header.set_xyzt_units("mm")
+        image.to_filename(tmp_path / f"{name}.nii")
+    (tmp_path / "cases.tsv").write_text("case_id\timage:T1\tlabel\na\timage.nii\tlabel.nii\n")
+    (measured,) = index.measure(layouts.detect(tmp_path), workers=1)
+    assert measured.volumes_ml == {1: pytest.approx(0.2)}

@@ -13,7 +13,7 @@ from calsegx.data import cases as case_tools
 from calsegx.data import phantoms
 from calsegx.interfaces import DataError, InputError, UsageError
 from calsegx.training import checkpoints, model_folder
-from launch import cache_features, components, evaluate, predict, train
+from launch import cache_features, components, evaluate, predict, train, trained_runs
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_nothing_that_was_trained_on_is_scored(runs, tmp_path, dataset):
     test = components.of_model(model, "").select("test")
     model["seen"]["val"][0]["subject_id"] = test[0].subject_id
     with pytest.raises(DataError, match=f"'{test[0].case_id}' is of subject"):
-        evaluate.check_unseen(model, test, same_dataset=True)
+        trained_runs.check_unseen(model, test, same_dataset=True)
 
 
 def test_another_protocol_is_refused(runs, tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from calsegx.data import layouts
+from calsegx.data import layouts, nifti
 from calsegx.data.layouts import nnunet_v2
 from calsegx.interfaces import Case, DataError, Dataset
 
@@ -66,7 +66,7 @@ def _entries(path: Path, description: Mapping[str, Any], key: str) -> list[tuple
         if not isinstance(image, str) or not isinstance(label, str) or (key == "training" and not label):
             expected = '{"image": path, "label": path}' if key == "training" else "the path of an image"
             raise DataError(f"{path}: {key} holds {entry!r}; expected {expected}.")
-        if not image.endswith(nnunet_v2.IMAGE_ENDINGS):
+        if not image.endswith(nifti.ENDINGS):
             raise DataError(f"{path}: {key} names {image!r}; expected a file that ends in .nii.gz or .nii.")
         entries.append((image, label))
     return entries
@@ -84,7 +84,7 @@ def _test_label(root: Path, image: str) -> Path | None:
 
 def _case(path: Path, channels: tuple[str, ...], image: str, label: Path | None, split: str) -> Case:
     whole = path.parent / image
-    ending = next(ending for ending in nnunet_v2.IMAGE_ENDINGS if image.endswith(ending))
+    ending = next(ending for ending in nifti.ENDINGS if image.endswith(ending))
     case_id = whole.name.removesuffix(ending)
     parts = [whole.with_name(f"{case_id}_{number:04d}{ending}") for number in range(len(channels) + 1)]
     there = [part for part in parts if part.is_file()]

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from calsegx.data import layouts
+from calsegx.data import layouts, nifti
+from calsegx.data.layouts import trees
 from calsegx.interfaces import Case, DataError, Dataset
-
-IMAGE_ENDINGS = (".nii.gz", ".nii")
 
 
 @layouts.registry.register("nnunet_v2")
@@ -38,8 +37,8 @@ def read(root: Path) -> Dataset | None:
     channels = parse_channels(description_path, description, "channel_names")
     labels = parse_labels(description_path, description)
     ending = description.get("file_ending")
-    if ending not in IMAGE_ENDINGS:
-        raise DataError(f"{description_path}: file_ending is {ending!r}; expected one of {', '.join(IMAGE_ENDINGS)}.")
+    if ending not in nifti.ENDINGS:
+        raise DataError(f"{description_path}: file_ending is {ending!r}; expected one of {', '.join(nifti.ENDINGS)}.")
     if "dataset" in description:
         training, where = _listed_cases(description_path, description["dataset"], channels), "'dataset' lists"
     else:
@@ -194,7 +193,7 @@ def _cases(root: Path, suffix: str, split: str, channels: tuple[str, ...], endin
 def _image_files(folder: Path, ending: str) -> list[Path]:
     if not folder.is_dir():
         return []
-    paths = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.endswith(IMAGE_ENDINGS))
+    paths = trees.nifti_files(folder)
     for path in paths:
         if not path.name.endswith(ending):
             raise DataError(f"{path} does not end in {ending}, the file_ending of dataset.json; convert or move it.")

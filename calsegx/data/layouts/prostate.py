@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 
 from calsegx.data import layouts
+from calsegx.data.layouts import trees
 from calsegx.interfaces import Case, DataError, Dataset
 
 SITES = ("BIDMC", "BMC", "HK", "I2CVB", "RUNMC", "UCL")
 # Some sites mark two zones and some the whole gland, so that neither id means the same everywhere.
 LABELS = {"background": 0, "prostate_1": 1, "prostate_2": 2}
-_ENDINGS = (".nii.gz", ".nii")
 _NAME = re.compile(r"(Case\d+)(_segmentation|_seg)?\.nii(?:\.gz)?", re.IGNORECASE)
 
 
@@ -23,15 +23,11 @@ def read(root: Path) -> Dataset | None:
     Raises:
         DataError: for a file of another name, a case given twice, an image without its label and vice versa.
     """
-    found = [(site, _image_files(root / site)) for site in SITES if (root / site).is_dir()]
+    found = [(site, trees.nifti_files(root / site)) for site in SITES if (root / site).is_dir()]
     if len(found) < 2 or not any(_NAME.fullmatch(path.name) for _, paths in found for path in paths):
         return None
     cases = tuple(case for site, paths in found for case in _cases(site, paths))
     return Dataset(root, cases, ("T2",), LABELS, default_classes="prostate=1+2")
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.endswith(_ENDINGS))
 
 
 def _cases(site: str, paths: list[Path]) -> list[Case]:

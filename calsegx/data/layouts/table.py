@@ -8,14 +8,16 @@ relative to the table's folder.
 
 import csv
 import difflib
-from collections.abc import Mapping
+import io
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from calsegx.data import layouts
 from calsegx.data.layouts import nnunet_v2
 from calsegx.interfaces import Case, DataError, Dataset
 
-FILE_NAME = "cases.tsv"
+FILE_NAME, DESCRIPTION = "cases.tsv", "dataset.json"
 COLUMNS = ("case_id", "subject_id", "label", "split", "centre", "scanner", "field_strength")
 SPLITS = ("", "train", "val", "test")
 
@@ -45,7 +47,7 @@ def read(root: Path) -> Dataset | None:
                 "already; give every examination its own."
             )
         lines[case.case_id] = line
-    description = root / "dataset.json"
+    description = root / DESCRIPTION
     labels: Mapping[str, int] = {}
     default_classes = ""
     if description.is_file():
@@ -53,6 +55,38 @@ def read(root: Path) -> Dataset | None:
         labels = nnunet_v2.parse_labels(description, content)
         default_classes = str(content.get("default_classes") or "")
     return Dataset(root, cases, channels, labels, default_classes)
+
+
+def contents(dataset: Dataset, path_of: Callable[[Path], str] = lambda path: str(path.absolute())) -> dict[str, str]:
+    """The files, name -> text, from which ``read`` gives the dataset again: ``cases.tsv`` and ``dataset.json``.
+
+    Args:
+        dataset: its root plays no role.
+        path_of: how the table names a file.
+    """
+    chosen = [channel for channel in dataset.channels if any(channel in case.volumes for case in dataset.cases)]
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+    columns = [f"image:{channel}" for channel in dataset.channels] + [f"volume:{channel}" for channel in chosen]
+    writer.writerow([*COLUMNS[:2], *columns, *COLUMNS[2:]])
+    for case in dataset.cases:
+        writer.writerow(
+            [
+                case.case_id,
+                case.subject_id,
+                *(path_of(case.images[channel]) for channel in dataset.channels),
+                *(case.volumes.get(channel, "") for channel in chosen),
+                path_of(case.label) if case.label else "",
+                *(getattr(case, column) for column in COLUMNS[3:]),
+            ]
+        )
+    description: dict[str, object] = {"labels": dict(dataset.labels)}
+    if dataset.default_classes:
+        description["default_classes"] = dataset.default_classes
+    return {
+        FILE_NAME: stream.getvalue(),
+        DESCRIPTION: json.dumps(description, indent=2, ensure_ascii=False) + "\n",
+    }
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:

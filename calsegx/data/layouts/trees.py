@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from calsegx.data.layouts import nnunet_v2
+from calsegx.data import nifti
 from calsegx.interfaces import Case, DataError
 
 
@@ -16,6 +16,11 @@ def folders(root: Path, depth: int) -> Iterator[Path]:
                 yield from folders(path, depth - 1)
 
 
+def nifti_files(folder: Path) -> list[Path]:
+    """The NIfTI files in ``folder``, sorted, without hidden ones."""
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.endswith(nifti.ENDINGS))
+
+
 def images(folder: Path, prefix: str) -> dict[str, Path]:
     """The NIfTI files in ``folder`` whose names start with ``prefix``, by what follows up to the ending.
 
@@ -24,7 +29,7 @@ def images(folder: Path, prefix: str) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in sorted(path for path in folder.glob("*") if path.name.startswith(prefix)):
-        ending = next((ending for ending in nnunet_v2.IMAGE_ENDINGS if path.name.endswith(ending)), None)
+        ending = next((ending for ending in nifti.ENDINGS if path.name.endswith(ending)), None)
         if ending is None:
             continue
         name = path.name.removeprefix(prefix).removesuffix(ending)
