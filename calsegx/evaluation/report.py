@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from calsegx import __version__, files
-from calsegx.evaluation import compare, evaluate, figures, methods, robustness, tables
+from calsegx.evaluation import compare, evaluate, figures, marks, methods, robustness, tables
 from calsegx.evaluation import verdict as findings
 from calsegx.evaluation.verdict import Picture, Record, headline, verdict
 
@@ -41,6 +41,7 @@ def write_report(path: Path, record: Record) -> None:
         "columns": tables.COLUMNS,
         "more_columns": tables.MORE_COLUMNS,
         "overview": functools.partial(tables.overview, record.rows, record.source, record.targets, record.domain_kind),
+        "legend": marks.legend(record.rows, record.source, record.targets),
         "display": methods.display,
         "comparisons": _comparison_table(record),
         "comparison_metrics": [findings.label(*metric) for metric in findings.COMPARED],
