@@ -247,6 +247,8 @@ def evaluate(
         statistics=statistics,
         logs=runs.logs,
         gallery=gallery.pictures(snapshots, rows, shown[-1], domain_column, read_slice),
+        reviews=gallery.reviews(snapshots, rows, shown[-1]),
+        reviewed=f"{methods.display(shown[-1][0])}, seed {shown[-1][1]}",
         protocol=config.protocol,
         jittered=robustness.lines(rows, moved) if moved else [],
     )

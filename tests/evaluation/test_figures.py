@@ -69,7 +69,7 @@ def test_fifteen_methods_with_long_names_leave_room_for_the_axes():
     many = {"A": {name: (0.7, 0.01 * i) for i, name in enumerate(names)}}
     few, many = (pixels(figures.dice_against_ece(points, "p>0.01")).shape for points in (few, many))
     assert many[1] > 1.3 * few[1] and many[0] > few[0]
-    styles = [tuple(figures._marker(name, index).values()) for index, name in enumerate(names[:10])]
+    styles = [tuple(figures.marker(name, index).values()) for index, name in enumerate(names[:10])]
     assert len(set(styles)) == 10
 
 
