@@ -11,7 +11,6 @@ from calsegx.evaluation import figures, methods
 from calsegx.evaluation.evaluate import VOLUME
 from calsegx.evaluation.rankings import Rankings
 
-
 _FEW = 8  # lines that a small panel can hold
 
 

@@ -42,7 +42,8 @@ def _transfer_cells(record: Record, column: tables.Column, line: transfer.Line) 
     source = {record.source: line.source} if record.source else {}
     own = source | (dict(line.targets) if count <= transfer.MOST_TARGETS else {})
     cells = {findings.where(record, domain): tables.number(column, value, None) for domain, value in own.items()}
-    cells[f"mean of {count} target{'s' if count > 1 else ''}"] = tables.number(column, line.mean, None)
+    if count > 1:
+        cells[f"mean of {count} targets"] = tables.number(column, line.mean, None)
     worst = tables.number(column, line.targets.get(line.worst, math.nan), None)
     cells["worst target"] = f"{worst} ({line.worst})" if line.worst else worst
     if source:
