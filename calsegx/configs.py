@@ -214,10 +214,15 @@ def _validate_data(config: TrainConfig) -> None:
     data = config.data
     for name in ("data.views", "data.low_resolution", "data.slices_per_volume"):
         _at_least(config, name, 1)
-    for name in ("data.rotation_degrees", "data.gamma", "data.noise", "data.workers", "data.fold"):
+    for name in ("data.rotation_degrees", "data.gamma", "data.workers", "data.fold"):
         _at_least(config, name, 0)
-    for name in ("data.intensity_fraction", "data.val_fraction", "data.test_fraction"):
+    for name in ("data.intensity_fraction", "data.val_fraction", "data.test_fraction", "data.noise"):
         _below_one(config, name)
+    for name, most in (("data.gamma", 3), ("data.low_resolution", 32)):
+        if _value(config, name) > most:
+            raise UsageError(f"--config.{name}={_value(config, name)} must be at most {most}: nothing else is left.")
+    if data.workers and not data.online:
+        raise UsageError("--config.data.workers reads for --config.data.online alone; leave it out, or set both.")
     if not 0 <= data.lower_percentile < data.upper_percentile <= 100:
         raise UsageError(
             f"--config.data.lower_percentile={data.lower_percentile} and --config.data.upper_percentile="

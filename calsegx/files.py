@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from calsegx.interfaces import InputError
+from calsegx.interfaces import InputError, UsageError
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -50,3 +50,13 @@ def unseal(text: bytes) -> dict[str, Any]:
     if not isinstance(content, dict) or content.pop("sha256", None) is None or seal(content).encode() != text:
         raise ValueError("its content and its SHA-256 differ")
     return content
+
+
+def check_outside(place: Path, dataset: Path, flag: str) -> None:
+    """Refuse an output inside the dataset's folder, before the work.
+
+    Raises:
+        UsageError: naming ``flag``.
+    """
+    if place.resolve().is_relative_to(dataset.resolve()):
+        raise UsageError(f"{flag}={place} lies inside the dataset, which is never written to; name another folder.")

@@ -118,7 +118,7 @@ def _open(folder: Path, shape: list[int]) -> Any:
 def _spec(folder: Path) -> dict[str, Any]:
     return {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder}/"},
+        "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"},  # it refuses '..'
         "fill_missing_data_reads": False,
         # A file is never changed, only replaced together with its folder.
         "recheck_cached_data": "open",

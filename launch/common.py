@@ -101,6 +101,7 @@ def define_folder(name: str, description: str) -> None:
     """A required flag that names a folder to write to."""
     flags.DEFINE_string(name, None, description, required=True)
     flags.register_validator(name, lambda value: value is None or bool(value), "must name a folder")
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # else --help would not list it
 
 
 def define_processes() -> None:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from calsegx import configs, losses, models, sharding
+from calsegx import configs, files, losses, models, sharding
 from calsegx.data import cases as case_tools
 from calsegx.data import classes, images, intensity, preprocessing, prompts
 from calsegx.data import clicks as click_tools
@@ -127,6 +127,8 @@ def note_coarse_axis(components: Components, cases: Sequence[Case]) -> None:
 def feature_cache(components: Components, workdir: Path) -> FeatureCache:
     """The run's feature cache, opened only if it was made with the same weights and preprocessing."""
     data = components.config.data
+    root = Path(data.cache) if data.cache else workdir / "features"
+    files.check_outside(root, components.dataset.root, "--config.data.cache" if data.cache else "--workdir")
     signature = {
         "preprocessing": preprocessing.VERSION,
         "backbone": components.backbone.fingerprint,
@@ -138,7 +140,7 @@ def feature_cache(components: Components, workdir: Path) -> FeatureCache:
         "frames": {name: getattr(data, name) for name in FRAME_SETTINGS},
         "augmentation": {"seed": VIEW_SEED, **{name: getattr(data, name) for name in AUGMENTATION_SETTINGS}},
     }
-    return FeatureCache.open(Path(data.cache) if data.cache else workdir / "features", signature)
+    return FeatureCache.open(root, signature)
 
 
 def fill_cache(
@@ -316,6 +318,11 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
         raise DataError(f"model.json lacks {', '.join(sorted(missing))}; train the model again with this version.")
     config = configs.from_dict(configs.TrainConfig, record["config"], "model.json")
     data = dataclasses.replace(config.data, channels=",".join(record["channels"]))
+    if not (root or data.root):
+        raise UsageError(
+            "A model bundle knows no dataset: name one with --data to predict or evaluate; to calibrate, take the run "
+            "that it was exported from."
+        )
     if root:
         data = dataclasses.replace(data, root=root, layout="auto", source="", splits="", fold=0, cache="")
     ids = tuple(tuple(values) for values in record["class_ids"])
@@ -324,10 +331,15 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
     shards = config.model.shards if len(jax.local_devices()) % config.model.shards == 0 else 1
     model = dataclasses.replace(config.model, shards=shards)
     components = build(dataclasses.replace(config, data=data, model=model), class_map)
-    if components.backbone.fingerprint != record["backbone"]:
-        weights = config.model.weights or "the tiny SAM of this installation"
+    check_backbone(record, components.backbone)
+    return components
+
+
+def check_backbone(record: Mapping[str, Any], backbone: Backbone) -> None:
+    """Raise a UsageError when ``backbone`` is not the one that the model was trained on."""
+    if backbone.fingerprint != record["backbone"]:
+        weights = record["config"]["model"]["weights"] or "the tiny SAM of this installation"
         raise UsageError(
             f"The model was trained on a backbone with fingerprint {record['backbone'][:12]}, but {weights} has "
-            f"{components.backbone.fingerprint[:12]}; restore those weights or train again."
+            f"{backbone.fingerprint[:12]}; restore those weights or train again."
         )
-    return components

@@ -37,7 +37,6 @@ from calsegx.interfaces import Case, DataError, Dataset, UsageError, Volume
 from calsegx.training import progress
 from launch import common
 
-CLEAN = "clean"  # the domain of the unchanged copies
 SAVE_SECONDS = 5.0  # between two writings of the manifest: what a kill can cost
 _DATA_FLAGS = ("layout", "splits", "fold", "val_fraction", "test_fraction")  # of DataConfig, for the training's split
 
@@ -57,7 +56,7 @@ class Copy:
     @property
     def domain(self) -> str:
         """What the evaluation calls it."""
-        return f"{self.corruption}-{self.level}" if self.level else CLEAN
+        return f"{self.corruption}-{self.level}" if self.level else manifest.CLEAN
 
 
 def corrupt(
@@ -84,8 +83,7 @@ def corrupt(
     """
     dataset = case_tools.load(data)
     cases = dataset.cases if split == "all" else case_tools.select(dataset, data, split)
-    if output.resolve().is_relative_to(dataset.root.resolve()):
-        raise UsageError(f"--output={output} lies inside the dataset, which is never written to; name another folder.")
+    files.check_outside(output, dataset.root, "--output")
     if any(case.split != "test" for case in cases):
         print("note: not only test cases; do not evaluate a model on subjects it was trained on", file=sys.stderr)
     copies = _copies(dataset, cases, names, levels)
@@ -132,7 +130,7 @@ def check(data: configs.DataConfig, output: Path, workers: int = 1) -> tuple[int
 
 
 def _copies(dataset: Dataset, cases: Iterable[Case], names: Sequence[str], levels: Sequence[int]) -> list[Copy]:
-    changes = [(CLEAN, 0), *((name, level) for name in names for level in levels)]
+    changes = [(manifest.CLEAN, 0), *((name, level) for name in names for level in levels)]
     copies = []
     for case in cases:
         for number, channel in enumerate(dataset.channels):

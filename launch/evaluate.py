@@ -7,12 +7,15 @@ it came (binary problems), and two guesses made from the prompt alone.  Writes `
 ``summary.json`` (nnU-Net's keys), ``temperatures.json``, ``table.md``, ``table.tex`` (booktabs), ``report.html`` and,
 last, ``SHA256SUMS``, which ``sha256sum --check`` reads.  With ``--prompt_jitter=0.01,0.02,0.05`` also
 ``prompt_jitter.csv``: DSC and ECE when every prompt is moved at random by up to that share of the encoder frame's side.
+A model bundle can stand in place of a run, with ``--data``: it brings no training and validation cases, so neither
+guesses nor another temperature than its own are fitted.
 """
 
 import dataclasses
 import hashlib
 import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +26,11 @@ import numpy as np
 from absl import flags
 
 import calsegx
-from calsegx import configs, files
+from calsegx import bundle, configs, files
+from calsegx.calibrators import storage
 from calsegx.data import cases as case_tools
 from calsegx.data import images
+from calsegx.data.corruptions import manifest
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import gallery, latex, marks, methods, report, robustness, study, tables
 from calsegx.interfaces import Case, DataError, UsageError
@@ -121,13 +126,33 @@ def _check_alike(folder: Path, record: Mapping[str, Any], reference_folder: Path
     changed |= {
         key: (reference[key], record[key])
         for key in ("backbone", "class_ids", "channels", "seen")
-        if reference[key] != record[key]
+        if _comparable(reference, key) != _comparable(record, key)
     }
     for name, (theirs, mine) in changed.items():
         if not name.startswith(MAY_DIFFER):
             values = "" if name == "seen" else f" ({mine!r} and {theirs!r})"
             what = "training or validation cases" if name == "seen" else name
             raise UsageError(f"{folder} and {reference_folder} differ in {what}{values}; evaluate them separately.")
+
+
+def _comparable(record: Mapping[str, Any], key: str) -> Any:
+    """A bundle has no names of cases: their files tell whether they are the same."""
+    if key != "seen":
+        return record[key]
+    return {split: sorted(case["fingerprint"] for case in cases) for split, cases in record[key].items()}
+
+
+def _own_temperatures(folders: Sequence[Path], runs: Runs) -> dict[tuple[str, int], dict[str, Any]]:
+    """The temperatures that bundles bring with them."""
+    found = {}
+    for folder, model in zip(folders, runs.models, strict=True):
+        if (folder / bundle.CALIBRATOR).exists():
+            name, params = storage.load(folder / bundle.CALIBRATOR)
+            if name == "temperature":
+                found[model.method, model.seed] = params
+            else:
+                print(f"note: {folder} is scored without its calibrator {name}; only temperatures are", file=sys.stderr)
+    return found
 
 
 def check_unseen(record: Mapping[str, Any], test: Sequence[Case], same_dataset: bool) -> None:
@@ -182,24 +207,29 @@ def evaluate(
         prompt_jitter: amounts at which the cases are scored again with moved prompts (``robustness``).
         prompt_draws: how often for each amount.
     """
+    folders = [bundle.resolve(folder) for folder in folders]
     runs, first = read_runs(folders, protocol), jax.process_index() == 0
     robustness.check(prompt_jitter, prompt_draws, runs.configs[0].protocol)
-    home = components.of_model(runs.record, "")
-    away = components.of_model(runs.record, root) if root else home
+    away = components.of_model(runs.record, root)
+    bundled = not runs.record["config"]["data"]["root"]
+    home = away if bundled or not root else components.of_model(runs.record, "")
     config = home.config
-    train, val = home.select("train"), home.select("val")
+    train, val = ((), ()) if bundled else (home.select("train"), home.select("val"))
     test = tuple(case for case in (away.dataset.cases if root else home.select("test")) if case.label is not None)
     if not test:
         raise UsageError(f"The test cases of {away.dataset.root} have no labels, so there is nothing to compare with.")
 
     check_unseen(runs.record, test, same_dataset=not root)
     check_validation(runs.record, val)
-    features = components.feature_cache(home, folders[0])
-    components.fill_cache(home, features, {"train": 1, "val": 1})
+    features = components.feature_cache(home, workdir if bundled else folders[0])
+    components.encode(home, features, [(case, 1) for case in (*train, *val)])
     domain_column = config.data.domain if root or config.data.source else ""
     work = study.Study(features, home.backbone, home.class_map, config.protocol, domain_column, config.data)
-    temperatures = {(m.method, m.seed): study.fit_calibrator(work, m, val) for m in runs.models}
-    guesses = study.fit_guesses(work, train)
+    if bundled:
+        temperatures, guesses = _own_temperatures(folders, runs), {}
+    else:
+        temperatures = {(m.method, m.seed): study.fit_calibrator(work, m, val) for m in runs.models}
+        guesses = study.fit_guesses(work, train)
     if root:
         work = dataclasses.replace(work, cache=components.feature_cache(away, workdir))
     components.encode(away, work.cache, [(case, 1) for case in test])
@@ -235,7 +265,9 @@ def evaluate(
         return images.read(case.images[channel], case.volumes.get(channel), config.data.slice_axis).voxels[index]
 
     splits = {"training": train, "validation": val, "test": test}
-    source = "" if root else config.data.source
+    source = config.data.source
+    if root:  # the copies that launch.corrupt left as they were; of any other dataset nothing was trained on
+        source = manifest.CLEAN if (away.dataset.root / manifest.FILE_NAME).is_file() else ""
     trained = ", ".join(methods.display(name) for name in methods.order(m.method for m in runs.models))
     record = report.Record(
         title=f"{trained} on {away.dataset.root.name}",
@@ -253,7 +285,13 @@ def evaluate(
         jittered=robustness.lines(rows, moved) if moved else [],
     )
     if first:
-        _write(workdir, record, home.class_map.names, shown[-1][0], temperatures)
+        about = {
+            "source": source,
+            "dataset": away.dataset.root.name,
+            "domain_kind": domain_column,
+            "models": [{"method": m.method, "seed": m.seed, "decoder_sha256": m.decoder_sha256} for m in runs.models],
+        }
+        _write(workdir, record, home.class_map.names, shown[-1][0], temperatures, about)
     return record
 
 
@@ -274,7 +312,7 @@ def _describe(
             name = case_tools.domain(case, data.domain)
             by_domain[name] = by_domain.get(name, 0) + 1
         listed = ", ".join(f"{count} {data.domain} {name}" for name, count in sorted(by_domain.items()))
-        counts.append(f"{split}: {listed}")
+        counts.append(f"{split}: {listed or 'none, the model came as a bundle'}")
     fitted = ", ".join(
         f"{methods.display(method)} seed {seed}: {value['temperature']:.2f}"
         + ("" if value["identifiable"] else " (not identifiable)")
@@ -289,8 +327,8 @@ def _describe(
     penalised = configs.loss_expressions(config, count)[1]
     fisher, confidence = (_listed([_weights(run) for run in runs.configs], term) for term in ("FIP", "CMP"))
     return {
-        "Dataset": parts.dataset.root.name,
-        **({"Tested on": away.dataset.root.name} if away is not parts else {}),
+        "Dataset": runs.record["dataset"],
+        **({"Tested on": away.dataset.root.name} if away.dataset.root.name != runs.record["dataset"] else {}),
         "Cases": "; ".join(counts),
         "Classes (label ids)": classes,
         "Channels": ", ".join(parts.channels),
@@ -302,7 +340,7 @@ def _describe(
         "Loss": f"{', '.join(tasks)}; FIP weight {fisher} ({config.fisher.mode}, {config.fisher.reading}, "
         f"{config.fisher.normalisation}, of {penalised}, {config.fisher.labels} labels, linear warm-up over "
         f"{config.fisher.warmup_fraction:.0%} of the steps), CMP weight {confidence}",
-        "Temperatures (validation, NLL)": fitted,
+        "Temperatures (validation, NLL)": fitted or "none",
         **_disc(guesses),
         "Versions": f"calsegx {calsegx.__version__}, jax {jax.__version__}, Python {platform.python_version()}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind}",
@@ -326,12 +364,14 @@ def _write(
     class_names: Sequence[str],
     method: str,
     temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
+    about: Mapping[str, Any],
 ) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     tables.write_cases(workdir / "cases.csv", record.rows)
     tables.write_summary(
         *(workdir / "summary.json", record.rows, class_names, method, record.source, record.targets),
         prompt_jitter=record.jittered,
+        about=about,
     )
     blocks = tables.overview(record.rows, record.source, record.targets, record.domain_kind)
     columns = tables.MORE_COLUMNS

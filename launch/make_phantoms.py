@@ -27,6 +27,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("kind", "tumour", anatomy.KINDS, "The lesion.")
     flags.DEFINE_float("severity", 0.7, "How far scanner B is from A, 0 to 1.", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_integer("seed", 2024, "Seed of all patients and scans.", lower_bound=0)
+    flags.DEFINE_integer("centres", 0, "Deal patients out to so many centres; 0: a scanner a centre.", lower_bound=0)
     flags.DEFINE_integer("processes", 2, "Worker processes; 1 works without any.", lower_bound=1)
 
 
@@ -46,7 +47,7 @@ def make_phantoms(root: Path, **options: Any) -> None:
 def main() -> None:
     """Write the dataset, and say what is in it."""
     f = flags.FLAGS
-    names = ("train", "val", "test", "kind", "severity", "seed", "processes")
+    names = ("train", "val", "test", "kind", "severity", "seed", "centres", "processes")
     make_phantoms(Path(f.root), **{name: f[name].value for name in names})
     patients = f.train + f.val + f.test
     print(f"Wrote {patients + f.test} scans of {patients} patients ({f.kind}) to {f.root}.")

@@ -1,6 +1,7 @@
 """Segment cases with a trained run: masks and probabilities as NIfTI, on the input's own grid.
 
 python -m launch.predict --run=runs/x/calsam_seed42 --output=predictions --data=DATASET --prompts=clicks.tsv
+python -m launch.predict --model=BUNDLE.zip --output=predictions --data=DATASET --prompts=clicks.tsv
 
 ``--prompts`` is a table ``case_id i j k label`` of voxels in the image files' own indices, counted from 0, or ``case_id
 x y z label`` of millimetres, separated by tabs (``.csv``: commas), or a JSON file; label 1 is a foreground point, 0 a
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from calsegx import calibrators, files
+from calsegx import bundle, calibrators, files
 from calsegx.data import classes, images, pipeline, preprocessing
 from calsegx.data import clicks as click_tools
 from calsegx.evaluation import predict as case_prediction
@@ -49,13 +50,13 @@ def predict(
         InputError: before the first case, for a calibrator that is damaged or another model's.
         DataError: after the last case, when any case failed.
     """
+    run = bundle.resolve(run)
     params, record = model_folder.load(run)
     calibrator = calibrate.of_run(run, record) if calibrated else None
     parts = components.of_model(record, root)
     split = split or ("all" if root else "test")
     cases = parts.dataset.cases if split == "all" else parts.select(split)
-    if output.resolve().is_relative_to(parts.dataset.root.resolve()):
-        raise UsageError(f"--output={output} lies inside the dataset, which is never written to; name another folder.")
+    files.check_outside(output, parts.dataset.root, "--output")
     if limit:
         cases = cases[:limit]
     clicks = click_tools.read_clicks(clicks_file) if clicks_file else None
@@ -136,8 +137,9 @@ def _write(output: Path, case: Case, probabilities: np.ndarray, reference: Any, 
 
 
 def define_flags() -> None:
-    """``--run``, ``--output``, ``--data``, ``--prompts``, ``--split``, ``--calibrate``."""
-    flags.DEFINE_string("run", None, "Folder of a trained run.", required=True)
+    """``--run`` or ``--model``, ``--output``, ``--data``, ``--prompts``, ``--split``, ``--calibrate``."""
+    flags.DEFINE_string("run", "", "Folder of a trained run.")
+    flags.DEFINE_string("model", "", "A model bundle in its place: the folder or zip that launch.export wrote.")
     common.define_folder("output", "Folder to write masks and probabilities to.")
     flags.DEFINE_string("data", "", "Another dataset folder than the one trained on.")
     flags.DEFINE_string(
@@ -150,8 +152,12 @@ def define_flags() -> None:
 def main() -> None:
     """Predict, and say where the masks are."""
     arguments = flags.FLAGS
+    if bool(arguments.run) == bool(arguments.model):
+        raise UsageError("Give the trained run with --run, or a model bundle with --model, one of the two.")
+    run, output = Path(arguments.run or arguments.model), Path(arguments.output)
+    if arguments.model and not bundle.is_bundle(run):
+        raise InputError(f"--model={run} is no model bundle; give what launch.export wrote, or a run with --run.")
     clicks = Path(arguments.prompts) if arguments.prompts else None
-    run, output = Path(arguments.run), Path(arguments.output)
     written = predict(run, output, arguments.data, clicks, arguments.split, calibrated=arguments.calibrate)
     print(f"Wrote {len(written)} masks with their probabilities to {arguments.output}")
 

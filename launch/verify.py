@@ -19,7 +19,7 @@ from absl import flags
 
 from calsegx import files
 from calsegx.data import index, layouts, verify
-from calsegx.interfaces import DataError, UsageError
+from calsegx.interfaces import DataError
 from calsegx.training import progress
 from launch import common
 
@@ -43,8 +43,8 @@ def verify_dataset(
         DataError: when the folder is no dataset; after everything was printed and written, for any error with
             ``stop``, and with ``skip`` when no case is left or an error concerns the whole dataset.
     """
-    if output and output.resolve().is_relative_to(root.resolve()):
-        raise UsageError(f"--output={output} lies inside the dataset, which is never written to; name another folder.")
+    if output:
+        files.check_outside(output, root, "--output")
     dataset = layouts.detect(root, layout)
     with progress.Progress("Verifying", len(dataset.cases), "cases") as bar:
         report = verify.verify(dataset, workers, bar.update)

@@ -181,6 +181,17 @@ def problems(dataset: Dataset) -> Iterator[tuple[Case, str]]:
             uses[path].append((case, role, volume))
 
 
+def unused_files(dataset: Dataset) -> list[Path]:
+    """The image files in the dataset's folder that no case uses, sorted; hidden ones do not count."""
+    used = {path.absolute() for case in dataset.cases for _, path, _ in _files(case)}
+    return [
+        path
+        for path in sorted(dataset.root.rglob("*"))
+        if path.name.endswith((".nii", ".nii.gz", ".png")) and path.absolute() not in used
+        if not any(part.startswith(".") for part in path.relative_to(dataset.root).parts)
+    ]
+
+
 def _files(case: Case) -> list[tuple[str, Path, int | None]]:
     """(role, file, index of the volume) of the images by name, then of the label."""
     files = [(channel, path, case.volumes.get(channel)) for channel, path in sorted(case.images.items())]

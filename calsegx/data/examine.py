@@ -1,6 +1,5 @@
 """One case's files, read to the last byte: what they hold, what is wrong with them and what is odd."""
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ SAME_MM = 1e-4  # corners nearer than this differ by the rounding of float32 alo
 ANISOTROPIC = 3.0  # longest over shortest voxel side, from which the slice axis matters
 PLAUSIBLE_MM = (0.05, 20.0)  # voxel sides outside of it are a wrong unit rather than a scan
 OBLIQUE_DEGREES = 0.5
+MOST_IDS = 32  # of labels that nobody declared
 SHEARED = 1e-3  # cosine between two voxel axes
 MOST_LABEL_IDS = 16  # an image with no more different values, all of them whole numbers, looks like a label
 _EXACT_IN_FLOAT32 = 2**24
@@ -111,8 +111,6 @@ def absent(labels: Mapping[str, int], ids: Collection[int]) -> list[str]:
 
 def _contents(path: Path, volume: Volume, label: bool) -> Contents:
     voxels = volume.voxels
-    digest = hashlib.sha256(str(voxels.shape).encode())
-    digest.update(np.ascontiguousarray(voxels, dtype=np.float32).data)
     ids: dict[int, float] = {}
     if label:
         millilitres = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
@@ -123,7 +121,7 @@ def _contents(path: Path, volume: Volume, label: bool) -> Contents:
         shape=voxels.shape,
         spacing_mm=volume.spacing_mm,
         orientation="".join(_file_axes(volume)),
-        sha256=digest.hexdigest(),
+        sha256=images.voxels_sha256(voxels),
         constant=bool(voxels.min() == voxels.max()),
         ids=ids,
     )
@@ -272,6 +270,13 @@ def _check_label(path: Path, ids: Mapping[int, float], labels: Mapping[str, int]
     if set(ids) == {0}:
         say("warning", "empty-label", f"{path} is empty: no voxel has a label; check that the case is meant to be.")
     if not labels:
+        if len(ids) > MOST_IDS:
+            say(
+                "error",
+                "label-ids",
+                f"{path} holds {len(ids)} different values, so it looks like an image; expected at most {MOST_IDS} "
+                "label ids: give the right file, or name the ids in dataset.json.",
+            )
         return
     known = classes.ClassMap((), (), frozenset({0, *labels.values()}))
     try:

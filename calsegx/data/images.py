@@ -1,5 +1,6 @@
 """Image and label files of any kind that is read: NIfTI volumes, and PNG pictures as volumes of one slice."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,13 @@ def read_grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
         DataError: for a file without a readable header.
     """
     return pictures.read_grid(path) if _is_picture(path, "axial") else nifti.read_grid(path)
+
+
+def voxels_sha256(voxels: np.ndarray) -> str:
+    """SHA-256 of shape and float32 values: the same for one image in other types, orientations and compressions."""
+    digest = hashlib.sha256(str(voxels.shape).encode())
+    digest.update(np.ascontiguousarray(voxels, dtype=np.float32).data)
+    return digest.hexdigest()
 
 
 def write(stem_path: Path, array: np.ndarray, like: Volume, dtype: type) -> Path:

@@ -79,6 +79,8 @@ def describe(layout: str, dataset: Dataset, measured: Sequence[Measured]) -> lis
         lines.append(f"Classes, unless others are asked for: {dataset.default_classes}")
     for title, column in (("Centres", "centre"), ("Scanners", "scanner"), ("Field strengths", "field_strength")):
         lines.append(f"{title}: {_counted(Counter(cases.domain(case, column) for case in dataset.cases))}")
+    if unused := cases.unused_files(dataset):
+        lines.append(f"Not used: {len(unused)} image files, for example {unused[0].relative_to(dataset.root)}")
     lines.append(f"Splits: {_counted(Counter(case.split or 'not assigned' for case in dataset.cases))}")
     return lines
 
@@ -121,8 +123,7 @@ def check_folder(dataset: Dataset, folder: Path) -> None:
     Raises:
         UsageError: when it lies in the dataset, or holds another index.
     """
-    if folder.resolve().is_relative_to(dataset.root.resolve()):
-        raise UsageError(f"{folder} lies in the dataset, which is never written to; name another folder.")
+    files.check_outside(folder, dataset.root, "--output")
     for name, content in _contents(dataset).items():
         path = folder / name
         if path.exists() and not (path.is_file() and path.read_bytes() == content.encode()):

@@ -164,9 +164,16 @@ def require_file(path: Path, role: str = "") -> None:
     """
     where = f" ({role})" if role else ""
     if path.is_dir():
-        raise DataError(f"{path}{where} is a folder; expected a NIfTI file.")
+        raise DataError(f"{path}{where} is a folder; expected an image file.")
     if path.is_file():
         return
+    if path.is_symlink():
+        raise DataError(
+            f"{path}{where} is a link to {path.readlink()}, which is not there; restore that file (git annex get, "
+            "datalad get)."
+        )
+    if path.exists():
+        raise DataError(f"{path}{where} is no regular file; expected an image file.")
     if not path.parent.is_dir():
         raise DataError(f"{path}{where} does not exist, nor does its folder; check the path.")
     names = sorted(entry.name for entry in path.parent.iterdir())

@@ -156,6 +156,7 @@ def write_dataset(
     severity: float = 0.7,
     seed: int = 2024,
     scale: float = 1.0,
+    centres: int = 0,
     processes: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -174,6 +175,8 @@ def write_dataset(
         severity: how far vendor B is from A, 0..1.
         seed: of the whole dataset.
         scale: resolution; 0.35 makes tiny volumes for tests.
+        centres: deal the patients out to so many centres, each with both scanners, so that one can be left out; 0: a
+            centre is a scanner.
         processes: number of worker processes; 1 works in this process.
         progress: called as ``progress(done, total)`` with numbers of patients.
 
@@ -203,6 +206,9 @@ def write_dataset(
         splits = ["train"] * train + ["val"] * val + ["test"] * test
         jobs = [(staging, number, split, kind, scanners, seed, scale) for number, split in enumerate(splits, start=1)]
         rows = _run(jobs, processes, progress)
+        if centres:
+            numbers = {subject: number for number, subject in enumerate(dict.fromkeys(r["subject_id"] for r in rows))}
+            rows = [row | {"centre": f"centre{numbers[row['subject_id']] % centres + 1}"} for row in rows]
         _write_index(staging, rows, kind, train + val)
         if root.exists():
             root.rmdir()  # empty, checked above; Windows cannot replace a folder

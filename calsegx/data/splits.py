@@ -6,10 +6,8 @@ A file of folds is a JSON list, ``[{"name": "...", "train": [case ids], "val": [
 
 import dataclasses
 import difflib
-import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from calsegx import files
+from calsegx.data import images as image_files
 from calsegx.interfaces import Case, DataError, Dataset, UsageError
 
 PARTS = ("train", "val", "test")
@@ -99,8 +98,7 @@ def check_output(path: Path, dataset: Dataset) -> None:
     Raises:
         UsageError: when it lies in the dataset's folder, or is a folder.
     """
-    if path.resolve().is_relative_to(dataset.root.resolve()):
-        raise UsageError(f"--output={path} lies in the dataset's folder, which is never written to; name another.")
+    files.check_outside(path, dataset.root, "--output")
     if path.is_dir():
         raise UsageError(f"--output={path} is a folder; name a file in it, such as {path / 'splits.json'}.")
 
@@ -192,23 +190,15 @@ def check(dataset: Dataset, fold: Fold, where: str, hashes: Mapping[str, Iterabl
 
 
 def image_hashes(case: Case) -> frozenset[str]:
-    """SHA-256 of the content of each of the case's images, decompressed: copies are found under other names.
+    """``images.voxels_sha256`` of each of the case's images: copies are found whatever their files look like.
 
     Raises:
         DataError: for a file that cannot be read.
     """
-    digests: dict[Path, str] = {}
-    for path in case.images.values():
-        if path in digests:
-            continue
-        try:
-            with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:
-                digests[path] = hashlib.file_digest(stream, "sha256").hexdigest()
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(
-                f"{path} (case {case.case_id!r}) cannot be read ({error}); copy or download it again."
-            ) from error
-    return frozenset(f"{digests[path]} {case.volumes.get(name, 0)}" for name, path in case.images.items())
+    return frozenset(
+        image_files.voxels_sha256(image_files.read(path, case.volumes.get(channel)).voxels)
+        for channel, path in case.images.items()
+    )
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:

@@ -78,7 +78,7 @@ def verify(dataset: Dataset, workers: int = 0, done: Callable[[int, str], None] 
         pool.shutdown(cancel_futures=True)  # else Ctrl-C would wait for all cases
     findings = [finding for item in examined for finding in item.findings]
     findings += [Finding("error", "case-id", case.case_id, "", said) for case, said in case_tools.problems(dataset)]
-    for check in (_duplicates, _subjects, _splits, _domains, _labels):
+    for check in (_duplicates, _subjects, _splits, _domains, _labels, _unused):
         findings += check(dataset, examined)
     place = {case.case_id: number for number, case in enumerate(dataset.cases)} | {"": len(dataset.cases)}
     findings.sort(key=lambda finding: (LEVELS.index(finding.level), finding.check, place[finding.case_id]))
@@ -147,6 +147,17 @@ def _splits(dataset: Dataset, examined: Sequence[Examined]) -> Iterator[Finding]
                 f"No label of the {len(positive)} cases in the split {split!r} of {dataset.root} has foreground; move "
                 "a case with a lesion there.",
             )
+
+
+def _unused(dataset: Dataset, examined: Sequence[Examined]) -> Iterator[Finding]:
+    del examined
+    if unused := case_tools.unused_files(dataset):
+        yield _whole(
+            "note",
+            "unused",
+            f"{dataset.root} holds {len(unused)} image files that no case uses, for example "
+            f"{unused[0].relative_to(dataset.root)}; if a case or modality is missing, check their names.",
+        )
 
 
 def _domains(dataset: Dataset, examined: Sequence[Examined]) -> Iterator[Finding]:

@@ -151,7 +151,8 @@ def overview(
         if lines or domain:  # a model that is tested elsewhere has no source among the rows
             title = f"{kind} {domain}".strip() or "test cases"
             blocks.append(Block(f"{role}: {title}" if source and targets else title.capitalize(), lines))
-    return blocks + [_gap_block(rows, source, target, names, columns) for target in targets]
+    elsewhere = bool(source) or not targets  # without results on the source there is no gap
+    return blocks + [_gap_block(rows, source, target, names, columns) for target in targets if elsewhere]
 
 
 def _gap_block(
@@ -233,6 +234,18 @@ def write_cases(path: Path, rows: Sequence[evaluate.Row]) -> None:
     files.write_atomically(path, buffer.getvalue())
 
 
+def read_cases(path: Path) -> list[evaluate.Row]:
+    """The rows of a ``cases.csv``."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        lines = list(csv.DictReader(stream))
+    rows = []
+    for line in lines:
+        line["class_name"] = line.pop("class")
+        numbers = {"seed": int(line["seed"]), "value": float(line["value"]), "defined": line["defined"] == "True"}
+        rows.append(evaluate.Row(**{**line, **numbers}))
+    return rows
+
+
 def write_summary(
     path: Path,
     rows: Sequence[evaluate.Row],
@@ -242,6 +255,7 @@ def write_summary(
     targets: Sequence[str],
     paths: Mapping[str, tuple[str, str]] | None = None,
     prompt_jitter: Sequence[Any] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """``summary.json``: nnU-Net's keys for one method, and everything else under ``calsegx``.
 
@@ -258,6 +272,7 @@ def write_summary(
         targets: the target domains.
         paths: case id -> (prediction file, reference file); null where not given.
         prompt_jitter: ``robustness.Line``s, under ``calsegx``; empty: not asked for, and left out.
+        about: more to say under ``calsegx``.
     """
     labels = {name: str(index) for index, name in enumerate(class_names, start=1)}
     cases: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
@@ -289,6 +304,7 @@ def write_summary(
             "summary": [dataclasses.asdict(summary) for summary in evaluate.summarise(rows)],
             "gaps": [dataclasses.asdict(gap) for gap in gaps],
             **({"prompt_jitter": [dataclasses.asdict(line) for line in prompt_jitter]} if prompt_jitter else {}),
+            **(about or {}),
         },
     }
     files.write_atomically(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")

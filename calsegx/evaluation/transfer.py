@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from calsegx.data.corruptions import manifest
 from calsegx.evaluation import evaluate, methods
 from calsegx.evaluation.verdict import Record, domains
 from calsegx.metrics import statistics
 
-CLEAN = "clean"  # the domain of the unchanged copies
 MOST_TARGETS = 6  # columns of a matrix; of more targets it shows the mean, the worst and the gap
 
 
@@ -53,8 +53,8 @@ def matrix(record: Record, metric: str, region: str) -> list[Line]:
 def corruptions(names: Sequence[str]) -> dict[str, dict[int, str]]:
     """Corruption -> level -> domain, level 0 being ``clean``; empty unless the domains are ``launch.corrupt``'s."""
     found: dict[str, dict[int, str]] = {}
-    for name in names if CLEAN in names else ():
+    for name in names if manifest.CLEAN in names else ():
         match = re.fullmatch(r"(.+)-([1-5])", name)
         if match:
-            found.setdefault(match[1], {0: CLEAN})[int(match[2])] = name
+            found.setdefault(match[1], {0: manifest.CLEAN})[int(match[2])] = name
     return {name: dict(sorted(levels.items())) for name, levels in sorted(found.items())}

@@ -95,7 +95,7 @@ def verdict(record: Record) -> list[str]:
         return ["Nothing to say: there are no results."]
     found = {(c.domain, c.method, c.reference, c.metric, c.region): c for c in record.comparisons}
     return [
-        *(_gap_sentence(record, target) for target in record.targets),
+        *(_gap_sentence(record, target) for target in record.targets if record.source),
         *_missing(record),
         *(
             _addition(record, found, domain, method)

@@ -44,8 +44,8 @@ def save(workdir: Path, params: Params, record: Mapping[str, Any]) -> None:
     record = {
         "format": 1,
         "calsegx": calsegx.__version__,
-        "decoder_sha256": hashlib.sha256(weights).hexdigest(),
         **record,
+        "decoder_sha256": hashlib.sha256(weights).hexdigest(),
     }
     files.write_atomically(folder / "decoder.safetensors", weights)
     files.write_atomically(folder / "README.md", _model_card(record))
@@ -71,6 +71,9 @@ def load(workdir: Path) -> tuple[Params, dict[str, Any]]:
         weights = (folder / "decoder.safetensors").read_bytes()
         if hashlib.sha256(weights).hexdigest() != record["decoder_sha256"]:
             raise ValueError("the SHA-256 of decoder.safetensors is not the one in model.json")
+        model = record.get("config", {}).get("model", {})
+        if model.get("weights"):  # a run names them from the root, a bundle from its own folder
+            model["weights"] = str(folder / model["weights"])
         return _unflatten(safetensors.numpy.load(weights)), record
     except FileNotFoundError as error:
         raise InputError(

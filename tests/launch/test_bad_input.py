@@ -43,7 +43,9 @@ def run(script, *arguments):
         ("train", ["--workdir=x"], 2, "--config.data.root is empty"),
         ("train", ["--workdir=x", "--config.data.root=/nowhere/at/all"], 3, "/nowhere/at/all does not exist"),
         ("evaluate", ["--workdir=x", "--runs=/nowhere"], 1, "/nowhere/model holds no trained model"),
-        ("predict", ["--output=x"], 2, "--run must have a value"),
+        ("predict", ["--output=x"], 2, "Give the trained run with --run, or a model bundle with --model"),
+        ("predict", ["--output=x", "--run=a", "--model=b"], 2, "one of the two"),
+        ("predict", ["--output=x", "--model=/nowhere"], 1, "--model=/nowhere is no model bundle"),
     ],
 )
 def test_command_lines(script, arguments, code, sentence, tmp_path):

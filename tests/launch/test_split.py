@@ -98,10 +98,10 @@ def test_the_command_prints_and_writes_the_folds(data, tmp_path):
     code, stderr = run("split", *arguments, f"--output={tmp_path / 'splits.json'}")
     assert code == 0, stderr
     assert [len(set(fold)) for fold in json.loads((tmp_path / "splits.json").read_text())] == [4, 4, 4]
-    code, stderr = run("split", *arguments, f"--output={data / 'splits.json'}")
-    assert code == 2 and stderr == (
-        f"error: --output={data / 'splits.json'} lies in the dataset's folder, which is never written to; name another."
-    )
+    inside = data / "splits.json"
+    code, stderr = run("split", *arguments, f"--output={inside}")
+    said = f"error: --output={inside} lies inside the dataset, which is never written to; name another folder."
+    assert code == 2 and stderr == said
     assert [path.name for path in tmp_path.iterdir()] == ["splits.json"]
     code, stderr = run("split", *arguments, "--check=x", "--output=y")
     assert code == 2 and "Give --protocol and --output to make folds, or --check" in stderr
@@ -148,6 +148,6 @@ def test_unknown_classes_and_damaged_files(data, tmp_path):
     shutil.copytree(data, root)
     path = next((root / "imagesTr").iterdir())
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=f"{path.name} .* cannot be read .*copy or download it again"):
+    with pytest.raises(DataError, match=f"{path.name} is truncated or damaged: .*copy or download it again"):
         split.split(root, "kfold", folds.Options(folds=2), tmp_path / "splits.json")
     assert not (tmp_path / "splits.json").exists()

@@ -14,6 +14,7 @@ from calsegx.data import corruptions, nifti
 from calsegx.interfaces import DataError
 
 FILE_NAME = "manifest.json"
+CLEAN = "clean"  # the domain of the unchanged copies, which the corrupted ones are compared with
 
 
 def describe(names: Iterable[str]) -> dict[str, Any]:

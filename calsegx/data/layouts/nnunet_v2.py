@@ -60,7 +60,7 @@ def read_description(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON ({error}); correct it.") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}; expected a JSON object.")

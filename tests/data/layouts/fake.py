@@ -1,5 +1,7 @@
 """Small fake trees with the names of real datasets; the voxels are invented."""
 
+import zlib
+
 import nibabel
 import numpy as np
 
@@ -12,7 +14,7 @@ def write(root, *names, ids=(1,), shape=SHAPE):
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        nibabel.Nifti1Image(_voxels(path.name, ids, shape), AFFINE).to_filename(path)
+        nibabel.Nifti1Image(_voxels(str(name), ids, shape), AFFINE).to_filename(path)
     return root
 
 
@@ -22,7 +24,7 @@ def _voxels(name, ids, shape):
         for number, value in enumerate(ids):
             labels[4:16, 2 + 4 * number : 6 + 4 * number, 1:5] = value
         return labels
-    rng = np.random.default_rng(sum(name.encode()))
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
     return rng.integers(50, 900, shape).astype(np.int16)
 
 
