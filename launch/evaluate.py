@@ -4,9 +4,9 @@ python -m launch.evaluate --runs=runs/x/calsam_seed42,runs/x/sam_ft_seed42 --wor
 
 Beside the runs it shows each of them with temperature scaling (fitted on the source domain's validation cases), SAM as
 it came (binary problems), and two guesses made from the prompt alone.  Writes ``cases.csv`` (long format),
-``summary.json`` (nnU-Net's keys), ``temperatures.json``, ``table.md``, ``report.html`` and, last, ``SHA256SUMS``, which
-``sha256sum --check`` reads.  With ``--prompt_jitter=0.01,0.02,0.05`` also ``prompt_jitter.csv``: DSC and ECE when every
-prompt is moved at random by up to that share of the encoder frame's side.
+``summary.json`` (nnU-Net's keys), ``temperatures.json``, ``table.md``, ``table.tex`` (booktabs), ``report.html`` and,
+last, ``SHA256SUMS``, which ``sha256sum --check`` reads.  With ``--prompt_jitter=0.01,0.02,0.05`` also
+``prompt_jitter.csv``: DSC and ECE when every prompt is moved at random by up to that share of the encoder frame's side.
 A model bundle can stand in place of a run, with ``--data``: it brings no training and validation cases, so neither
 guesses nor another temperature than its own are fitted.
 """
@@ -29,7 +29,7 @@ from calsegx.data import cases as case_tools
 from calsegx.data import images
 from calsegx.data.corruptions import manifest
 from calsegx.evaluation import evaluate as case_metrics
-from calsegx.evaluation import gallery, methods, report, robustness, study, tables
+from calsegx.evaluation import gallery, latex, marks, methods, report, robustness, study, tables
 from calsegx.interfaces import Case, UsageError
 from calsegx.training import progress
 from launch import common, components, exchange, trained_runs
@@ -134,6 +134,8 @@ def evaluate(
         statistics=statistics,
         logs=runs.logs,
         gallery=gallery.pictures(snapshots, rows, shown[-1], domain_column, read_slice),
+        reviews=gallery.reviews(snapshots, rows, shown[-1]),
+        reviewed=f"{methods.display(shown[-1][0])}, seed {shown[-1][1]}",
         protocol=config.protocol,
         jittered=robustness.lines(rows, moved) if moved else [],
     )
@@ -231,11 +233,16 @@ def _write(
     blocks = tables.overview(record.rows, record.source, record.targets, record.domain_kind)
     columns = tables.MORE_COLUMNS
     more = tables.overview(record.rows, record.source, record.targets, record.domain_kind, columns)
-    files.write_atomically(workdir / "table.md", tables.markdown(blocks) + "\n" + tables.markdown(more, columns))
+    legend = marks.legend(record.rows, record.source, record.targets)
+    notes = "".join(f"* {sentence}\n" for sentence in legend)
+    parts = [tables.markdown(blocks), tables.markdown(more, columns), notes]
+    files.write_atomically(workdir / "table.md", "\n".join(parts))
+    parts = [latex.latex(blocks, legend=legend), latex.latex(more, columns, legend)]
+    files.write_atomically(workdir / "table.tex", "\n".join(parts))
     fitted = [{"method": method, "seed": seed, **value} for (method, seed), value in temperatures.items()]
     files.write_atomically(workdir / "temperatures.json", json.dumps(fitted, indent=2) + "\n")
     report.write_report(workdir / "report.html", record)
-    written = ["cases.csv", "summary.json", "table.md", "temperatures.json", "report.html"]
+    written = ["cases.csv", "summary.json", "table.md", "table.tex", "temperatures.json", "report.html"]
     if record.jittered:
         robustness.write(workdir / "prompt_jitter.csv", record.jittered)
         written.append("prompt_jitter.csv")

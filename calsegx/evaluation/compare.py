@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calsegx.evaluation import evaluate
-from calsegx.metrics import statistics
+from calsegx.metrics import ranks, statistics
 
 BETTER, WORSE = "better", "worse"
 NO_DIFFERENCE = "no measurable difference"
@@ -74,6 +74,50 @@ def compare(rows: Index, method: str, reference: str, domain: str, metric: str, 
         _sd_of_seeds(_by(ours, "seed"), _by(theirs, "seed")),
         _verdict(result, evaluate.higher_is_better(metric)),
     )
+
+
+def strongest_baseline(
+    rows: Index, candidates: Sequence[str], domain: str, dice: tuple[str, str], ece: tuple[str, str]
+) -> str | None:
+    """The candidate whose ranks by mean DSC and mean ECE on a domain add up to least; ties go to the larger DSC.
+
+    Args:
+        rows: of ``index``.
+        candidates: methods; those without a value of both metrics do not take part.
+        domain: the source, so that no target decides what its own results are compared with.
+        dice: metric and region of the DSC.
+        ece: metric and region of the ECE.
+
+    Returns:
+        The method; None when no candidate has both.
+    """
+    means = {
+        name: [float(np.mean(list(_by(rows[name, domain, *metric], "subject_id").values()))) for metric in (dice, ece)]
+        for name in candidates
+        if (name, domain, *dice) in rows and (name, domain, *ece) in rows
+    }
+    if not means:
+        return None
+    total = ranks.ranks(np.array(list(means.values())), [True, False]).sum(axis=1)
+    return min(zip(means, total, strict=True), key=lambda found: (found[1], -means[found[0]][0]))[0]
+
+
+def corrected_p_values(
+    rows: Index, names: Sequence[str], reference: str, domain: str, metric: str, region: str
+) -> dict[str, float]:
+    """Two-sided Wilcoxon p of every other method against ``reference``, Holm-corrected over these methods.
+
+    NaN with fewer than 6 common subjects; such a test does not count in the correction.
+    """
+    others = [name for name in names if name != reference]
+    p_values = [compare(rows, name, reference, domain, metric, region).p_value for name in others]
+    return dict(zip(others, statistics.holm(np.array(p_values)), strict=True))
+
+
+def interval(rows: Index, method: str, domain: str, metric: str, region: str) -> statistics.Interval:
+    """The mean over subjects and its 95 % bootstrap interval (subjects are resampled)."""
+    values = _by(rows.get((method, domain, metric, region), ()), "subject_id")
+    return statistics.bootstrap_interval(np.array(list(values.values())), np.random.default_rng(0))
 
 
 def _by(rows: Sequence[evaluate.Row], field: str) -> dict:

@@ -28,6 +28,8 @@ NSD = f"NSD@{NSD_MM:g}mm"
 PRECISION, RECALL, LESION_F1 = "precision", "recall", "lesion F1"
 VOLUME_DIFFERENCE = "absolute volume difference (ml)"
 OF_MASKS = (DSC, HD95, ASSD, NSD, PRECISION, RECALL, VOLUME_DIFFERENCE, LESION_F1)
+# Of one class alone, for nnU-Net's summary: IoU and voxel counts.
+IOU, COUNTS = "IoU", ("TP", "FP", "FN", "TN", "n_pred", "n_ref")
 ECE, BRIER, NLL, MCE, CECE, TACE = "ECE", "Brier", "NLL", "MCE", "CECE", "TACE"
 PAPERS_REGION = "gt_fg"  # chosen by the label: shown beside the others, never the one that a sentence is about
 REGIONS = ("p>0.01", "dilated", "all", PAPERS_REGION)
@@ -98,7 +100,7 @@ class Gap:
 
 def higher_is_better(metric: str) -> bool:
     """Whether a larger value of ``metric`` is the better one."""
-    return metric in (DSC, NSD, PRECISION, RECALL, LESION_F1)
+    return metric in (DSC, IOU, NSD, PRECISION, RECALL, LESION_F1)
 
 
 def evaluate_case(
@@ -132,8 +134,12 @@ def evaluate_case(
             f"and {len(class_names)} classes."
         )
     labels = predict.segment(probabilities)
-    found = [_mask_scores(labels == index, truth == index, spacing_mm) for index in range(1, len(class_names) + 1)]
-    rows = []
+    counts = [overlap.overlap_counts(labels == i, truth == i) for i in range(1, len(class_names) + 1)]
+    found = [
+        _mask_scores(labels == index, truth == index, spacing_mm, of_class)
+        for index, of_class in enumerate(counts, start=1)
+    ]
+    rows = [row for name, of_class in zip(class_names, counts, strict=True) for row in _counted(key, name, of_class)]
     for metric in OF_MASKS:
         scores = [of_class[metric] for of_class in found]
         for name, (value, defined) in zip(class_names, scores, strict=True):
@@ -147,10 +153,12 @@ def evaluate_case(
 
 
 def _mask_scores(
-    prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float, float]
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    counts: overlap.OverlapCounts,
 ) -> dict[str, overlap.Score]:
     """The metrics ``OF_MASKS`` of one class; all NaN and undefined where neither mask has a voxel."""
-    counts = overlap.overlap_counts(prediction, truth)
     if not (counts.predicted or counts.truth):
         return dict.fromkeys(OF_MASKS, overlap.Score(math.nan, False))
     areas = counts.finalise(spacing_mm)
@@ -165,6 +173,15 @@ def _mask_scores(
         VOLUME_DIFFERENCE: overlap.Score(abs(areas.volume_difference_ml.value), True),
         LESION_F1: lesions.lesion_counts(prediction, truth, spacing_mm).finalise().f1,
     }
+
+
+def _counted(key: CaseKey, class_name: str, counts: overlap.OverlapCounts) -> list[Row]:
+    """``IOU`` and ``COUNTS`` of one class."""
+    iou = counts.finalise((1, 1, 1), empty="nan").iou
+    voxels = (counts.true_positive, counts.false_positive, counts.false_negative, counts.true_negative)
+    values = zip(COUNTS, (*voxels, counts.predicted, counts.truth), strict=True)
+    rows = [_row(key, class_name, name, VOLUME, float(value), True) for name, value in values]
+    return [_row(key, class_name, IOU, VOLUME, *iou), *rows]
 
 
 def _calibration(
@@ -223,7 +240,8 @@ def generalisation_gaps(rows: Iterable[Row], source: str, target: str) -> list[G
     """The degradation from ``source`` to ``target``: per seed, then mean and sample sd over the seeds of both."""
     groups: dict[tuple[str, str, str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        groups[row.method, row.class_name, row.metric, row.region][row.domain].append(row)
+        if row.metric not in COUNTS:  # neither more nor fewer voxels are better
+            groups[row.method, row.class_name, row.metric, row.region][row.domain].append(row)
     gaps = []
     for (method, class_name, metric, region), domains in groups.items():
         if source not in domains or target not in domains:

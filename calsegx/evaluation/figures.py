@@ -32,7 +32,7 @@ _COLOURS = {
 # Of other methods, in turn; numbers without a common divisor, so that many pairs differ.
 _SPARE_COLOURS = (PURPLE, SKY)
 _SPARE_MARKERS = ("*", "h", "<", ">", "p")
-_SPARE_LINES = ("-", "--", ":")
+_SPARE_LINES = ("-", "--", ":", "-.", (0, (6, 1)))
 _MARKERS = {
     "prompt_only_disc": "X",
     "prompt_only_ellipse": "P",
@@ -65,8 +65,10 @@ def reliability(curves: Mapping[str, calibration.CalibrationStatistics], title: 
     Accuracy against confidence per bin; the red bars are the gap to the diagonal, the grey ones the share of voxels.
     Bins with fewer than 10 voxels are left out.
     """
-    figure = _figure(2.7 * len(curves) + 0.5, 3.85)
-    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    columns = min(len(curves), 4)
+    tall = math.ceil(len(curves) / columns)
+    figure = canvas(2.7 * columns + 0.5, 3.1 * tall + 0.75)
+    panels, first = grid(figure, len(curves), columns, sharey=True)
     for axes, (domain, statistics) in zip(panels, curves.items(), strict=True):
         bins = len(statistics.count)
         share = statistics.count / max(statistics.voxels, 1)
@@ -78,10 +80,11 @@ def reliability(curves: Mapping[str, calibration.CalibrationStatistics], title: 
         axes.vlines(confidence, confidence, accuracy, color=VERMILION, linewidth=2, label="gap")
         axes.plot(confidence, accuracy, color=BLUE, marker="o", markersize=4, linewidth=1.3, label="accuracy")
         text = f"ECE {statistics.ece():.3f}" if statistics.voxels else "no voxels"
-        axes.set_title(f"{_short(domain, 24)}\n{text} (pooled voxels)", fontsize=9)
+        axes.set_title(f"{short(domain, 24)}\n{text} (pooled voxels)", fontsize=9)
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="Confidence (top label)")
-    panels[0].set_ylabel("Accuracy")
-    figure.suptitle(f"{_short(title, 26 * len(curves))}, region {region}", fontsize=10, fontweight="bold")
+    for axes in first:
+        axes.set_ylabel("Accuracy")
+    figure.suptitle(f"{short(title, 26 * columns)}, region {region}", fontsize=10, fontweight="bold")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
         handles,
@@ -93,7 +96,7 @@ def reliability(curves: Mapping[str, calibration.CalibrationStatistics], title: 
         handlelength=1.3,
         columnspacing=1.0,
     )
-    return _png(figure)
+    return to_png(figure)
 
 
 def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities: Mapping[str, str]) -> bytes:
@@ -110,8 +113,8 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
     runs = list(dict.fromkeys(map(_method, logs)))
     columns = min(len(shown), 2)
     tall = math.ceil(len(shown) / columns)
-    fitting = max(1, min(4, int(4.4 * columns / _legend_width(map(methods.display, runs)))))
-    figure = _figure(4.4 * columns, 2.9 * tall + 0.2 + 0.2 * math.ceil(len(runs) / fitting))
+    fitting = max(1, min(4, int(4.4 * columns / legend_width(map(methods.display, runs)))))
+    figure = canvas(4.4 * columns, 2.9 * tall + 0.2 + 0.2 * math.ceil(len(runs) / fitting))
     panels = figure.subplots(tall, columns, squeeze=False)
     for axes in panels.flat[len(shown) :]:
         axes.remove()
@@ -138,7 +141,7 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=fitting, fontsize=9, frameon=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def overlay(
@@ -148,7 +151,7 @@ def overlay(
     spacing_mm: tuple[float, float],
     title: str,
 ) -> bytes:
-    """One slice: the image with the truth, then per method both contours over the image and the probability map.
+    """One slice: the image with the truth, then per method both contours, the probability map and the errors.
 
     Args:
         image: intensities, shown between their 1st and 99.5th percentile.
@@ -162,21 +165,25 @@ def overlay(
     columns = 1 + len(results)
     aspect = spacing_mm[0] / spacing_mm[1]
     tall = 2.0 * min(aspect * image.shape[0] / image.shape[1], 2.0)
-    figure = _figure(2.05 * columns + 0.8, 2 * tall + 0.9)
-    panels = figure.subplots(2, columns, squeeze=False)
+    figure = canvas(2.05 * columns + 0.8, 3 * tall + 0.9)
+    panels = figure.subplots(3, columns, squeeze=False)
     low, high = np.percentile(image, [1, 99.5])
+    gray = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6), "aspect": aspect}
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[])
     for index, axes in enumerate(panels[0]):
-        axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
+        axes.imshow(image, **gray)
         _contour(axes, truth, GREEN, "solid")
-        axes.set_title("Image" if index == 0 else _short(methods.display(list(results)[index - 1]), 28), fontsize=9)
+        axes.set_title("Image" if index == 0 else short(methods.display(list(results)[index - 1]), 28), fontsize=9)
     colours = None
-    for axes, above, result in zip(panels[1, 1:], panels[0, 1:], results.values(), strict=True):
+    for above, axes, below, result in zip(*panels[:, 1:], results.values(), strict=True):
         _contour(above, result.prediction, ORANGE, "dashed")
+        below.imshow(image, **gray)
+        below.imshow(_errors(result.prediction, truth), aspect=aspect)
         colours = axes.imshow(result.probability, cmap="viridis", vmin=0, vmax=1, aspect=aspect)
         _contour(axes, truth, "white", "solid")
-    panels[1, 0].axis("off")
+    for axes in panels[1:, 0]:
+        axes.axis("off")
     keys = [
         lines.Line2D([], [], color=GREEN, label="truth"),
         lines.Line2D([], [], color=ORANGE, linestyle="dashed", label="prediction"),
@@ -185,8 +192,13 @@ def overlay(
     panels[1, 0].legend(handles=keys, loc="center", fontsize=8, frameon=False)
     if colours is not None:
         figure.colorbar(colours, ax=panels[1, :], shrink=0.85, label="Foreground probability")
+        wrong = [
+            lines.Line2D([], [], marker="s", linestyle="none", color=colour, label=label)
+            for colour, label in ((VERMILION, "false positive"), (SKY, "false negative"))
+        ]
+        panels[2, 0].legend(handles=wrong, loc="center", fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10, fontweight="bold")
-    return _png(figure)
+    return to_png(figure)
 
 
 def dice_against_ece(points: Mapping[str, Mapping[str, tuple[float, float]]], region: str) -> bytes:
@@ -198,8 +210,10 @@ def dice_against_ece(points: Mapping[str, Mapping[str, tuple[float, float]]], re
     """
     names = methods.order(name for found in points.values() for name in found)
     bases = list(dict.fromkeys(map(methods.base, names)))
-    figure = _figure(3.6 * len(points) + _legend_width(map(methods.display, names)), max(3.9, 0.33 * len(names)))
-    panels = figure.subplots(1, len(points), squeeze=False, sharex=True, sharey=True)[0]
+    columns = min(len(points), 3)
+    tall = 3.9 * math.ceil(len(points) / columns)
+    figure = canvas(3.6 * columns + legend_width(map(methods.display, names)), max(tall, 0.33 * len(names)))
+    panels, first = grid(figure, len(points), columns, sharex=True, sharey=True)
     for axes, (domain, found) in zip(panels, points.items(), strict=True):
         for name in names:
             dice, ece = found.get(name, (math.nan, math.nan))
@@ -210,29 +224,50 @@ def dice_against_ece(points: Mapping[str, Mapping[str, tuple[float, float]]], re
                 markersize=9,
                 markeredgewidth=1.8,
                 label=methods.display(name),
-                **_marker(name, bases.index(methods.base(name))),
+                **marker(name, bases.index(methods.base(name))),
             )
-        axes.set_title(_short(domain, 28), fontsize=10)
+        axes.set_title(short(domain, 28), fontsize=10)
         axes.set_xlabel(f"ECE [{region}] (lower is better)")
         axes.grid(alpha=0.3)
         axes.margins(0.12)
-    panels[0].set_ylabel("DSC in points (higher is better)")
+    for axes in first:
+        axes.set_ylabel("DSC in points (higher is better)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False, labelspacing=0.9)
-    return _png(figure)
+    return to_png(figure)
 
 
-def _figure(width: float, height: float) -> Any:
+def canvas(width: float, height: float) -> Any:
+    """A matplotlib figure of this size in inches."""
     from matplotlib import figure
 
     return figure.Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """The figure's PNG."""
     buffer = io.BytesIO()
     # No software version in the file: the same numbers give the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def grid(figure: Any, count: int, columns: int, **shared: Any) -> tuple[list[Any], list[Any]]:
+    """``count`` panels row by row, and those of them at the left."""
+    panels = figure.subplots(math.ceil(count / columns), columns, squeeze=False, **shared)
+    for axes in panels.flat[count:]:
+        axes.remove()
+    return list(panels.flat[:count]), list(panels[:, 0])
+
+
+def _errors(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """``[H, W, 4]``: false positives and false negatives in colour, everything else transparent."""
+    from matplotlib import colors
+
+    shown = np.zeros((*truth.shape, 4))
+    shown[prediction & ~truth] = colors.to_rgba(VERMILION, 0.85)
+    shown[truth & ~prediction] = colors.to_rgba(SKY, 0.85)
+    return shown
 
 
 def _contour(axes: Any, mask: np.ndarray, colour: str, style: str) -> None:
@@ -244,7 +279,8 @@ def _colour(name: str, index: int) -> str:
     return _COLOURS.get(methods.base(name), _SPARE_COLOURS[index % len(_SPARE_COLOURS)])
 
 
-def _marker(name: str, index: int) -> dict[str, Any]:
+def marker(name: str, index: int) -> dict[str, Any]:
+    """Colour and shape of a method, hollow with a calibrator; ``index`` tells unknown methods apart."""
     colour = _colour(name, index)
     hollow = name.endswith(methods.CALIBRATED)
     shape = _MARKERS.get(methods.base(name), _SPARE_MARKERS[index % len(_SPARE_MARKERS)])
@@ -255,10 +291,11 @@ def _method(run: str) -> str:
     return run.partition(" seed ")[0]
 
 
-def _legend_width(names: Iterable[str]) -> float:
+def legend_width(names: Iterable[str]) -> float:
     """Inches of a legend's column at 9 points."""
     return 0.6 + 0.085 * max(map(len, names), default=0)
 
 
-def _short(text: str, length: int) -> str:
+def short(text: str, length: int) -> str:
+    """The text, cut to ``length`` characters."""
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,12 +1,13 @@
-"""Pictures of the best, the median and the worst case of every domain."""
+"""Pictures of the best, the median and the worst case of every domain, and the cases most in need of review."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from calsegx.evaluation import evaluate, figures, methods, predict, study
+from calsegx.evaluation import evaluate, figures, methods, predict, review, study
+from calsegx.evaluation.review import Review
 from calsegx.evaluation.verdict import Picture
 from calsegx.interfaces import Case
 
@@ -23,6 +24,7 @@ class Snapshot:
     truth: np.ndarray  # [H, W] bool
     spacing_mm: tuple[float, float]
     results: dict[str, figures.Overlay]
+    confidence: dict[str, float] = field(default_factory=dict)  # ``review.mean_confidence`` of the volume, by method
 
 
 def snapshot(subject: study.Subject, domain: str) -> Snapshot:
@@ -34,8 +36,19 @@ def snapshot(subject: study.Subject, domain: str) -> Snapshot:
 def add(picture: Snapshot, method: str, seed: int, volume: np.ndarray, shown: Sequence[tuple[str, int]]) -> None:
     """Keep a method's result on the slice, if it is one of those ``shown``."""
     if (method, seed) in shown:
+        picture.confidence[method] = review.mean_confidence(volume)
         foreground = volume[picture.index]
         picture.results[method] = figures.Overlay(predict.segment(foreground) > 0, foreground.sum(axis=-1).clip(0, 1))
+
+
+def reviews(snapshots: Sequence[Snapshot], rows: Sequence[evaluate.Row], ranked_by: tuple[str, int]) -> list[Review]:
+    """Every case with the confidence and the DSC of one method and seed, the least confident first."""
+    dice, name = _dice(rows, ranked_by), ranked_by[0]
+    return review.ranked(
+        Review(s.case.case_id, s.domain, s.confidence[name], dice.get(s.case.case_id, math.nan))
+        for s in snapshots
+        if name in s.confidence
+    )
 
 
 def shown_methods(models: Sequence[study.Model]) -> list[tuple[str, int]]:
@@ -60,11 +73,7 @@ def pictures(
         domain_kind: what a domain is called: ``scanner`` or ``centre``.
         read_slice: ``(case, index along D) -> [H, W]`` image to show.
     """
-    dice = {
-        row.case_id: row.value
-        for row in rows
-        if (row.method, row.seed) == ranked_by and row.metric == evaluate.DSC and row.class_name == evaluate.ALL
-    }
+    dice = _dice(rows, ranked_by)
     known = [s for s in snapshots if not math.isnan(dice.get(s.case.case_id, math.nan)) and s.truth.any()]
     domains: dict[str, list[Snapshot]] = {}
     for s in sorted(known, key=lambda s: dice[s.case.case_id]):
@@ -84,3 +93,12 @@ def pictures(
             png = figures.overlay(read_slice(s.case, s.index), s.truth, results, s.spacing_mm, title)
             found.append(Picture(title, png))
     return found
+
+
+def _dice(rows: Sequence[evaluate.Row], ranked_by: tuple[str, int]) -> dict[str, float]:
+    """The DSC of one method and seed by case."""
+    return {
+        row.case_id: row.value
+        for row in rows
+        if (row.method, row.seed) == ranked_by and row.metric == evaluate.DSC and row.class_name == evaluate.ALL
+    }

@@ -28,6 +28,11 @@ def order(names: Iterable[str]) -> list[str]:
     return [name for name in known if name in given] + [name for name in given if name not in known]
 
 
+def is_ours(name: str) -> bool:
+    """Whether the method has FIP or CMP, whatever its loss and calibration: what is not is a baseline."""
+    return base(name).partition(":")[0] in ADDITIONS
+
+
 def base(name: str) -> str:
     """The method without its temperature scaling."""
     return name.removesuffix(CALIBRATED)

@@ -9,12 +9,13 @@ from typing import Any
 import jinja2
 
 from calsegx import __version__, files
-from calsegx.evaluation import compare, evaluate, figures, methods, robustness, tables
+from calsegx.evaluation import compare, evaluate, figures, marks, methods, report_parts, robustness, tables
 from calsegx.evaluation import verdict as findings
 from calsegx.evaluation.verdict import Picture, Record, headline, verdict
 
 __all__ = ["Picture", "Record", "headline", "verdict", "write_report"]
 
+MOST_DOMAINS = 12  # beyond which figures with a panel per domain are left out
 # Keys of metrics.jsonl, and the axes on which they are drawn.
 QUANTITIES = {
     "task": "Task loss (no unit)",
@@ -33,6 +34,7 @@ def write_report(path: Path, record: Record) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    many = len(findings.domains(record)) > MOST_DOMAINS
     content = {
         "record": record,
         "version": __version__,
@@ -41,15 +43,23 @@ def write_report(path: Path, record: Record) -> None:
         "columns": tables.COLUMNS,
         "more_columns": tables.MORE_COLUMNS,
         "overview": functools.partial(tables.overview, record.rows, record.source, record.targets, record.domain_kind),
+        "legend": marks.legend(record.rows, record.source, record.targets),
         "display": methods.display,
         "comparisons": _comparison_table(record),
         "comparison_metrics": [findings.label(*metric) for metric in findings.COMPARED],
         "classes": _class_table(record),
-        "reliability": _reliability(record),
+        "reliability": [] if many else _reliability(record),
+        "many_domains": many,
+        "most_domains": MOST_DOMAINS,
+        "matrices": report_parts.matrices(record),
+        "ranks": report_parts.rank_maps(record),
+        "corruptions": report_parts.corruption_curves(record),
+        "reviews": report_parts.reviews(record),
+        "review_note": report_parts.review_note(record),
         "region": findings.MAIN_REGION,
         "fixed_region": findings.FIXED_REGION,
         "papers_region": evaluate.PAPERS_REGION,
-        "scatter": _scatter(record),
+        "scatter": None if many else _scatter(record),
         "training": _training(record),
         "jittered": _jittered(record),
         "jitter_columns": [

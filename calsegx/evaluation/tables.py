@@ -1,4 +1,4 @@
-"""Tables of an evaluation: ``cases.csv``, ``summary.json``, and the overview as Markdown (and, in report, HTML).
+"""Tables of an evaluation: ``cases.csv``, ``summary.json``, and the overview as Markdown (HTML: report; TeX: latex).
 
 Files are written atomically: a reader sees the old file or the whole new one.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from calsegx import files
-from calsegx.evaluation import evaluate, methods
+from calsegx.evaluation import compare, evaluate, marks, methods
 from calsegx.metrics import regions
 
 FIELDS = tuple(field.name for field in dataclasses.fields(evaluate.Row))
@@ -39,6 +39,9 @@ class Cell:
     text: str  # mean, and sd over seeds where there are several
     note: str  # how many values are undefined
     best: bool = False
+    second: bool = False
+    stars: str = ""  # of the corrected test against the strongest baseline
+    interval: str = ""  # of the mean over subjects
 
 
 @dataclass(frozen=True)
@@ -127,21 +130,22 @@ def overview(
 ) -> list[Block]:
     """Methods by metrics, for the source, each target, and each gap (class ``all``).
 
-    ``kind`` is what a domain is ("scanner"), for the titles.  The best mean of a column is marked, except in gaps,
-    where a method that is bad everywhere has a small one, and where the label selects the voxels, which favours
-    over-confidence.
+    ``kind`` is what a domain is ("scanner"), for the titles.  The best and the second mean of a column and the
+    differences from the strongest baseline are marked, except in gaps, where a method that is bad everywhere has a
+    small one, and where the label selects the voxels, which favours over-confidence.
     """
     summaries = {
         (s.method, s.domain, s.metric, s.region): s for s in evaluate.summarise(rows) if s.class_name == evaluate.ALL
     }
     names = methods.order(row.method for row in rows)
+    indexed, baseline = compare.index(rows), marks.strongest(rows, source, targets)
     blocks = []
     for domain, role in ((source, "Source"), *((target, "Target") for target in targets)):
         present = [name for name in names if any(key[:2] == (name, domain) for key in summaries)]
         found = {n: [summaries.get((n, domain, c.metric, c.region)) for c in columns] for n in present}
-        best = [_best(c, [cells[i] for cells in found.values()]) for i, c in enumerate(columns)]
+        marked = [marks.of([cells[i] for cells in found.values()], indexed, baseline) for i in range(len(columns))]
         lines = [
-            (name, [_cell(c, s, b) for c, s, b in zip(columns, cells, best, strict=True)])
+            (name, [_cell(c, s, m, indexed) for c, s, m in zip(columns, cells, marked, strict=True)])
             for name, cells in found.items()
         ]
         if lines or domain:  # a model that is tested elsewhere has no source among the rows
@@ -175,21 +179,21 @@ def _gap_block(
     return Block(f"Gap: {source} to {target}", lines)
 
 
-def _best(column: Column, summaries: Sequence[evaluate.Summary | None]) -> float:
-    if column.region == evaluate.PAPERS_REGION:
-        return math.nan
-    means = [s.mean for s in summaries if s is not None and not math.isnan(s.mean)]
-    choose = max if evaluate.higher_is_better(column.metric) else min
-    return choose(means) if len(means) > 1 else math.nan
-
-
-def _cell(column: Column, summary: evaluate.Summary | None, best: float) -> Cell:
+def _cell(column: Column, summary: evaluate.Summary | None, marked: marks.Marks, rows: compare.Index) -> Cell:
     if summary is None:
         return Cell("not measured", "")
     note = f"undef. {summary.undefined}/{summary.values}"
     if math.isnan(summary.mean):
         return Cell("undefined in every case", note)
-    return Cell(number(column, summary.mean, summary.sd_seeds), note, summary.mean == best)
+    found = compare.interval(rows, summary.method, summary.domain, column.metric, column.region)
+    return Cell(
+        number(column, summary.mean, summary.sd_seeds),
+        note,
+        summary.mean == marked.best,
+        summary.mean == marked.second,
+        marked.stars(summary.method),
+        "" if math.isnan(found.low) else f"[{number(column, found.low, None)}, {number(column, found.high, None)}]",
+    )
 
 
 def number(column: Column, mean: float, sd: float | None, signed: bool = False) -> str:
@@ -201,17 +205,20 @@ def number(column: Column, mean: float, sd: float | None, signed: bool = False) 
 
 
 def markdown(blocks: Sequence[Block], columns: Sequence[Column] = COLUMNS) -> str:
-    """The overview of these columns as a Markdown table, best values bold, with the definitions below."""
+    """The overview of these columns as a Markdown table, with the definitions below (and not the ``legend``)."""
     lines = ["| Method | " + " | ".join(c.title for c in columns) + " |", "|---|" + "---:|" * len(columns)]
     for block in blocks:
         lines.append(f"| **{_escape(block.title)}** |" + " |" * len(columns))
         for name, cells in block.rows:
-            texts = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
-            notes = [f" ({cell.note})" if cell.note else "" for cell in cells]
-            cells_text = " | ".join(text + note for text, note in zip(texts, notes, strict=True))
-            lines.append(f"| {_escape(methods.display(name))} | {cells_text} |")
+            lines.append(f"| {_escape(methods.display(name))} | {' | '.join(map(_markdown_cell, cells))} |")
     definitions = [f"* {c.title}: {c.definition}." for c in columns]
     return "\n".join([*lines, "", *definitions, ""])
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = f"**{cell.text}**" if cell.best else f"<u>{cell.text}</u>" if cell.second else cell.text
+    stars = cell.stars.replace("*", "\\*")
+    return f"{text}{stars} {cell.interval}{f' ({cell.note})' if cell.note else ''}".replace("  ", " ").rstrip()
 
 
 def _escape(text: str) -> str:
@@ -253,7 +260,8 @@ def write_summary(
     """``summary.json``: nnU-Net's keys for one method, and everything else under ``calsegx``.
 
     nnU-Net's ``metric_per_case`` (one entry per case and seed), ``mean`` (by label index) and ``foreground_mean`` are
-    over all domains of ``method``; its ``Dice`` is our DSC.  Missing values are null.
+    over all domains of ``method``; its ``Dice`` is our DSC.  ``IoU``, ``TP``, ``FP``, ``FN``, ``TN``, ``n_pred`` and
+    ``n_ref`` are there as nnU-Net v2 writes them, among our own metrics.  Missing values are null.
 
     Args:
         path: the file to write.
@@ -271,7 +279,8 @@ def write_summary(
     for row in rows:
         if row.method == method and row.class_name in labels:
             by_label = cases.setdefault((row.case_id, row.seed), {})
-            by_label.setdefault(labels[row.class_name], {})[_nnunet_name(row)] = row.value
+            value = int(row.value) if row.metric in evaluate.COUNTS else row.value
+            by_label.setdefault(labels[row.class_name], {})[_nnunet_name(row)] = value
     per_case = []
     for (case_id, seed), by_label in cases.items():
         prediction, reference = (paths or {}).get(case_id, (None, None))

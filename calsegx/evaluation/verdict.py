@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from calsegx import configs
-from calsegx.evaluation import compare, evaluate, methods, robustness
+from calsegx.evaluation import compare, evaluate, methods, review, robustness
 from calsegx.metrics import calibration
 
 MAIN_REGION, FIXED_REGION = "p>0.01", "dilated"
@@ -41,6 +41,8 @@ class Record:
     statistics: Mapping[tuple[str, str, str], calibration.CalibrationStatistics] = field(default_factory=dict)
     logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # run -> records of metrics.jsonl
     gallery: Sequence[Picture] = ()
+    reviews: Sequence[review.Review] = ()  # the least confident first
+    reviewed: str = ""  # the method (and seed) whose confidence it is
     protocol: str = "gt_points"  # how prompts were placed
     jittered: Sequence[robustness.Line] = ()  # with prompts that were moved at random; empty: not asked for
 

@@ -3,6 +3,7 @@
 NaN is an undefined case everywhere: dropped together with its partners and counted.  Ranks: see ``ranks``.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -155,8 +156,14 @@ def paired_difference(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, le
         p = 1.0
     else:
         # Without zeros here, as versions of scipy differ in when zeros switch off the exact distribution.
-        p = float(stats.wilcoxon(kept[kept != 0]).pvalue)
+        p = _wilcoxon_p(tuple(kept[kept != 0].tolist()))
     return PairedDifference(interval.mean, interval.low, interval.high, p, interval.count, dropped)
+
+
+@functools.lru_cache(maxsize=8192)
+def _wilcoxon_p(differences: tuple[float, ...]) -> float:
+    # Up to half a second where differences are tied, and a report asks for the same ones again and again.
+    return float(stats.wilcoxon(np.array(differences)).pvalue)
 
 
 def paired_t_test(a: np.ndarray, b: np.ndarray) -> PairedTest:

@@ -69,7 +69,7 @@ def test_fifteen_methods_with_long_names_leave_room_for_the_axes():
     many = {"A": {name: (0.7, 0.01 * i) for i, name in enumerate(names)}}
     few, many = (pixels(figures.dice_against_ece(points, "p>0.01")).shape for points in (few, many))
     assert many[1] > 1.3 * few[1] and many[0] > few[0]
-    styles = [tuple(figures._marker(name, index).values()) for index, name in enumerate(names[:10])]
+    styles = [tuple(figures.marker(name, index).values()) for index, name in enumerate(names[:10])]
     assert len(set(styles)) == 10
 
 
@@ -77,3 +77,17 @@ def test_matplotlib_is_imported_only_when_something_is_drawn():
     for path in pathlib.Path(figures.__file__).parent.glob("*.py"):
         top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         assert not [node for node in top if "matplotlib" in ast.unparse(node)]
+
+
+def test_errors_are_coloured_by_their_kind():
+    prediction, truth = np.array([[1, 1, 0, 0]], bool), np.array([[1, 0, 1, 0]], bool)
+    shown = figures._errors(prediction, truth)
+    assert list(shown[0, :, 3] > 0) == [False, True, True, False]
+    assert not np.array_equal(shown[0, 1], shown[0, 2])
+
+
+def test_panels_of_many_domains_are_wrapped():
+    curves = {f"domain {i}": statistics(i) for i in range(6)}
+    four = pixels(figures.reliability(dict(list(curves.items())[:4]), "SAM-FT", "p>0.01")).shape
+    six = pixels(figures.reliability(curves, "SAM-FT", "p>0.01")).shape
+    assert six[1] == four[1] and six[0] > 1.5 * four[0]

@@ -192,7 +192,7 @@ def test_the_whole_report_is_one_self_contained_file(tmp_path):
         gallery=[report.Picture("best case", drawn)],
     )
     page = render(tmp_path / "report.html", made)
-    assert len(page.loads) == 4  # reliability, scatter, training, gallery
+    assert len(page.loads) == 6  # reliability, scatter, training, gallery, ranks of source and target
     assert "<b>phantoms & more</b>" in page.text  # escaped, so it is text
     assert "Source: scanner A" in page.text and "Gap: A to B" in page.text
     assert "scanner B (target), class oedema" in page.text

@@ -72,7 +72,7 @@ def test_evaluation_has_every_method_on_both_scanners(record):
 def test_evaluation_writes_its_files(record):
     folder, result = record
     assert {p.name for p in folder.iterdir()} == {
-        *("cases.csv", "summary.json", "table.md", "temperatures.json", "report.html", "SHA256SUMS")
+        *("cases.csv", "summary.json", "table.md", "table.tex", "temperatures.json", "report.html", "SHA256SUMS")
     }
     with (folder / "cases.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == len(result.rows)

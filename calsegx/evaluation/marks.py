@@ -1,0 +1,79 @@
+"""Best, second and stars of a table: what every method is tested against, and how it is said."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from calsegx.evaluation import compare, evaluate, methods
+
+STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))  # corrected p below which they are given
+
+
+def strongest(rows: Sequence[evaluate.Row], source: str, targets: Sequence[str]) -> tuple[str, str] | None:
+    """The strongest baseline, against which every method is tested, and the domain that it is the strongest on.
+
+    Every method without FIP or CMP is a baseline, the prompt-only guesses too.  The domain is the source, or the first
+    target where the source was not evaluated.  None when no baseline has a DSC and an ECE there.
+    """
+    evaluated = {row.domain for row in rows}
+    domain = next((name for name in (source, *targets) if name in evaluated), None)
+    candidates = [n for n in methods.order(row.method for row in rows) if not methods.is_ours(n)]
+    if domain is None:
+        return None
+    dice, ece = (evaluate.DSC, evaluate.VOLUME), (evaluate.ECE, evaluate.REGIONS[0])
+    found = compare.strongest_baseline(compare.index(rows), candidates, domain, dice, ece)
+    return (found, domain) if found else None
+
+
+def legend(rows: Sequence[evaluate.Row], source: str, targets: Sequence[str]) -> list[str]:
+    """How the numbers of the overview are to be read, as sentences."""
+    found = strongest(rows, source, targets)
+    if found is None:
+        tests = "No stars: no method without FIP and CMP has a DSC and an ECE to be tested against."
+    else:
+        name, domain = found
+        on = f"{'the source, ' if targets and domain == source else ''}{domain or 'the test cases'}"
+        tests = (
+            f"Stars: differs, for better or worse, from {methods.display(name)}, two-sided Wilcoxon over subjects, "
+            "Holm-corrected over the methods of the column and domain: * p < 0.05, ** p < 0.01, *** p < 0.001; with "
+            f"fewer than 6 common subjects there is no test. {methods.display(name)} is the strongest baseline: of the "
+            "methods without FIP and CMP it has the least sum of ranks by DSC and by "
+            f"ECE [{evaluate.REGIONS[0]}] on {on}."
+        )
+    return [
+        "Mean over cases, then over seeds; ± is the standard deviation over seeds, absent with one seed. Brackets: "
+        "95 % bootstrap interval of the mean over subjects, after averaging a subject's cases and seeds.",
+        "Bold: best of the column in its domain; underlined: second. No marks where the label selects the region.",
+        tests,
+        "undef. u/n: of n values (cases times seeds) u are undefined: left out of the mean, or given the value that "
+        "the metric's definition says. Gap: positive is degradation from source to target, in the column's unit.",
+    ]
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What is marked in one column of one domain."""
+
+    best: float = math.nan
+    second: float = math.nan
+    p_values: Mapping[str, float] = field(default_factory=dict)  # corrected, by method
+
+    def stars(self, method: str) -> str:
+        """Of a method's difference from the strongest baseline."""
+        p = self.p_values.get(method, math.nan)
+        return next((stars for limit, stars in STARS if p < limit), "")
+
+
+def of(summaries: Sequence[evaluate.Summary | None], rows: compare.Index, baseline: tuple[str, str] | None) -> Marks:
+    """The marks of one column (one metric, region and domain); none where the label selects the region."""
+    known = [s for s in summaries if s is not None and not math.isnan(s.mean)]
+    if len(known) < 2 or known[0].region == evaluate.PAPERS_REGION:
+        return Marks()
+    _, domain, _, metric, region = dataclasses.astuple(known[0])[:5]
+    means = sorted({s.mean for s in known}, reverse=evaluate.higher_is_better(metric))
+    p_values: dict[str, float] = {}
+    if baseline:
+        p_values = compare.corrected_p_values(rows, [s.method for s in known], baseline[0], domain, metric, region)
+    second = means[1] if len(means) > 2 else math.nan  # the worse of two is no second
+    return Marks(means[0] if len(means) > 1 else math.nan, second, p_values)
