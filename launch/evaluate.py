@@ -10,10 +10,11 @@ prompt is moved at random by up to that share of the encoder frame's side.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 from absl import flags
 
 import calsegx
+from calsegx import calibrators as calibrator_registry
 from calsegx import configs, files
 from calsegx.data import cases as case_tools
 from calsegx.data import images
@@ -34,7 +36,8 @@ from launch import common, components, exchange
 
 # Settings in which compared runs may differ: what they are compared for, and what changes no number.
 MAY_DIFFER = (
-    *("method", "loss", "seed", "fisher.", "cmp.", "crac.", "log_every", "save_every", "validate_every"),
+    *("method", "loss", "prompt_jitter", "seed", "fisher.", "cmp.", "crac."),
+    *("log_every", "save_every", "validate_every"),
     *("data.root", "data.splits", "data.cache", "model.weights", "model.encoder_batch", "model.shards"),
     *("microbatch", "tensorboard"),
 )
@@ -60,8 +63,8 @@ class Runs:
     configs: Sequence[configs.TrainConfig]  # of the models
 
 
-def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
-    """Load the models, and refuse to compare what was not trained alike.
+def read_runs(folders: Sequence[Path], protocol: str, names: Sequence[str] = ()) -> Runs:
+    """Load the models, and refuse to compare what was not trained alike; ``names`` are what to call their methods.
 
     Raises:
         UsageError: when the runs differ in cases, backbone, classes, prompt protocol or any setting of training
@@ -82,7 +85,7 @@ def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
     settings = [configs.from_dict(configs.TrainConfig, r["config"], "model.json") for _, r in loaded]
     models = [
         study.Model(name, config.seed, jax.device_put(params), record["decoder_sha256"])
-        for name, config, (params, record) in zip(_names(settings), settings, loaded, strict=True)
+        for name, config, (params, record) in zip(names or _names(settings), settings, loaded, strict=True)
     ]
     for folder, model in zip(folders, models, strict=True):
         if sum((m.method, m.seed) == (model.method, model.seed) for m in models) > 1:
@@ -130,6 +133,23 @@ def _check_alike(folder: Path, record: Mapping[str, Any], reference_folder: Path
             raise UsageError(f"{folder} and {reference_folder} differ in {what}{values}; evaluate them separately.")
 
 
+def check_calibrators(names: Sequence[str]) -> None:
+    """Before any work.
+
+    Raises:
+        UsageError: for an unknown calibrator, with the nearest, or one that is named twice.
+    """
+    for name in names:
+        calibrator_registry.get(name)
+        if methods.suffix_of(name) not in methods.SUFFIXES or names.count(name) > 1:
+            known = [each for each in calibrator_registry.names() if methods.suffix_of(each) in methods.SUFFIXES]
+            raise UsageError(f"--calibrators={','.join(names)}: give some of {', '.join(known)}, each once.")
+
+
+def _calibrator_image(parts: components.Components) -> Callable[[Case], np.ndarray]:
+    return lambda case: study.calibrator_image(parts.prepare(case))
+
+
 def check_unseen(record: Mapping[str, Any], test: Sequence[Case], same_dataset: bool) -> None:
     """No test case, and within a dataset no test subject, may have been trained, validated or calibrated on.
 
@@ -171,6 +191,8 @@ def evaluate(
     protocol: str = "",
     prompt_jitter: Sequence[float] = (),
     prompt_draws: int = 3,
+    calibrators: Sequence[str] = ("temperature",),
+    names: Sequence[str] = (),
 ) -> report.Record:
     """Score every test case and write the evaluation folder; of several processes each scores its share.
 
@@ -181,8 +203,11 @@ def evaluate(
         protocol: the prompt protocol to expect; empty: the models' own.
         prompt_jitter: amounts at which the cases are scored again with moved prompts (``robustness``).
         prompt_draws: how often for each amount.
+        calibrators: to show every run with, each fitted on the validation cases with its defaults.
+        names: what to call the runs' methods; empty: by method, loss and weights.
     """
-    runs, first = read_runs(folders, protocol), jax.process_index() == 0
+    check_calibrators(calibrators)
+    runs, first = read_runs(folders, protocol, names), jax.process_index() == 0
     robustness.check(prompt_jitter, prompt_draws, runs.configs[0].protocol)
     home = components.of_model(runs.record, "")
     away = components.of_model(runs.record, root) if root else home
@@ -198,7 +223,12 @@ def evaluate(
     components.fill_cache(home, features, {"train": 1, "val": 1})
     domain_column = config.data.domain if root or config.data.source else ""
     work = study.Study(features, home.backbone, home.class_map, config.protocol, domain_column, config.data)
-    temperatures = {(m.method, m.seed): study.fit_calibrator(work, m, val) for m in runs.models}
+    fits = {
+        (m.method, m.seed): {
+            name: study.fit_calibrator(work, m, val, name, image=_calibrator_image(home)) for name in calibrators
+        }
+        for m in runs.models
+    }
     guesses = study.fit_guesses(work, train)
     if root:
         work = dataclasses.replace(work, cache=components.feature_cache(away, workdir))
@@ -208,9 +238,11 @@ def evaluate(
 
     def score(case: Case) -> exchange.Scored:
         subject = study.load(work, case)
-        again = robustness.score(work, subject, runs.models, temperatures, prompt_jitter, prompt_draws)
+        # Every spatial calibrator of every model sees the same image.
+        image = functools.cache(lambda: _calibrator_image(away)(case))
+        again = robustness.score(work, subject, runs.models, fits, prompt_jitter, prompt_draws, image)
         scored = exchange.Scored([], {}, gallery.snapshot(subject, work.domain(case)), again)
-        for found in study.predictions(work, subject, runs.models, temperatures, guesses):
+        for found in study.predictions(work, subject, runs.models, fits, guesses, image):
             scored.rows.extend(study.score(work, subject, *found, scored.statistics))
             gallery.add(scored.picture, *found, shown)
         return scored
@@ -243,7 +275,7 @@ def evaluate(
         source=source,
         targets=sorted({row.domain for row in rows} - {source}),
         domain_kind=domain_column,
-        description=_describe(home, away, runs, splits, temperatures, guesses),
+        description=_describe(home, away, runs, splits, fits, guesses),
         statistics=statistics,
         logs=runs.logs,
         gallery=gallery.pictures(snapshots, rows, shown[-1], domain_column, read_slice),
@@ -251,7 +283,7 @@ def evaluate(
         jittered=robustness.lines(rows, moved) if moved else [],
     )
     if first:
-        _write(workdir, record, home.class_map.names, shown[-1][0], temperatures)
+        _write(workdir, record, home.class_map.names, shown[-1][0], fits)
     return record
 
 
@@ -260,7 +292,7 @@ def _describe(
     away: components.Components,
     runs: Runs,
     splits: Mapping[str, Sequence[Case]],
-    temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
+    fits: study.Fits,
     guesses: Mapping[str, Any],
 ) -> dict[str, str]:
     """What was run, for the head of the report."""
@@ -274,10 +306,12 @@ def _describe(
         listed = ", ".join(f"{count} {data.domain} {name}" for name, count in sorted(by_domain.items()))
         counts.append(f"{split}: {listed}")
     fitted = ", ".join(
-        f"{methods.display(method)} seed {seed}: {value['temperature']:.2f}"
-        + ("" if value["identifiable"] else " (not identifiable)")
-        for (method, seed), value in temperatures.items()
+        f"{methods.display(method)} seed {seed}: {own['temperature']['temperature']:.2f}"
+        + ("" if own["temperature"]["identifiable"] else " (not identifiable)")
+        for (method, seed), own in fits.items()
+        if "temperature" in own
     )
+    others = dict.fromkeys(name for own in fits.values() for name in own if name != "temperature")
     classes = ", ".join(
         f"{name} = {'+'.join(map(str, ids))}"
         for name, ids in zip(parts.class_map.names, parts.class_map.ids, strict=True)
@@ -300,7 +334,8 @@ def _describe(
         "Loss": f"{', '.join(tasks)}; FIP weight {fisher} ({config.fisher.mode}, {config.fisher.reading}, "
         f"{config.fisher.normalisation}, of {penalised}, {config.fisher.labels} labels, linear warm-up over "
         f"{config.fisher.warmup_fraction:.0%} of the steps), CMP weight {confidence}",
-        "Temperatures (validation, NLL)": fitted,
+        **({"Temperatures (validation, NLL)": fitted} if fitted else {}),
+        **({"Other calibrators (validation, NLL)": ", ".join(others)} if others else {}),
         **_disc(guesses),
         "Versions": f"calsegx {calsegx.__version__}, jax {jax.__version__}, Python {platform.python_version()}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind}",
@@ -323,7 +358,7 @@ def _write(
     record: report.Record,
     class_names: Sequence[str],
     method: str,
-    temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
+    fits: study.Fits,
 ) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     tables.write_cases(workdir / "cases.csv", record.rows)
@@ -335,10 +370,23 @@ def _write(
     columns = tables.MORE_COLUMNS
     more = tables.overview(record.rows, record.source, record.targets, record.domain_kind, columns)
     files.write_atomically(workdir / "table.md", tables.markdown(blocks) + "\n" + tables.markdown(more, columns))
-    fitted = [{"method": method, "seed": seed, **value} for (method, seed), value in temperatures.items()]
-    files.write_atomically(workdir / "temperatures.json", json.dumps(fitted, indent=2) + "\n")
-    report.write_report(workdir / "report.html", record)
     written = ["cases.csv", "summary.json", "table.md", "temperatures.json", "report.html"]
+    temperatures = [
+        {"method": method, "seed": seed, **own["temperature"]}
+        for (method, seed), own in fits.items()
+        if "temperature" in own
+    ]
+    files.write_atomically(workdir / "temperatures.json", json.dumps(temperatures, indent=2) + "\n")
+    others = [
+        {"method": method, "seed": seed, "calibrator": name, **params}
+        for (method, seed), own in fits.items()
+        for name, params in own.items()
+        if name != "temperature"
+    ]
+    if others:
+        files.write_atomically(workdir / "calibrators.json", json.dumps(others, indent=2) + "\n")
+        written.append("calibrators.json")
+    report.write_report(workdir / "report.html", record)
     if record.jittered:
         robustness.write(workdir / "prompt_jitter.csv", record.jittered)
         written.append("prompt_jitter.csv")
@@ -354,6 +402,7 @@ def define_flags() -> None:
     flags.DEFINE_string("data", "", "Another dataset folder: score all its labelled cases.")
     flags.DEFINE_string("protocol", "", "The prompt protocol to expect; another one than the models' is refused.")
     flags.DEFINE_list("prompt_jitter", [], "Also score with moved prompts: shares of the frame's side, e.g. 0.01,0.05.")
+    flags.DEFINE_list("calibrators", ["temperature"], "Of temperature, local_temperature, dirichlet: for every run.")
     flags.DEFINE_integer("prompt_draws", 3, "How often prompts are moved for each amount.", lower_bound=1)
 
 
@@ -366,7 +415,8 @@ def main() -> None:
     except ValueError as error:
         given = ",".join(arguments.prompt_jitter)
         raise UsageError(f"--prompt_jitter={given} must be numbers, separated by commas.") from error
-    record = evaluate(runs, workdir, arguments.data, arguments.protocol, amounts, arguments.prompt_draws)
+    jitter = amounts, arguments.prompt_draws
+    record = evaluate(runs, workdir, arguments.data, arguments.protocol, *jitter, arguments.calibrators)
     if jax.process_index():
         return
     print(report.headline(record))
