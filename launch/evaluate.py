@@ -7,6 +7,7 @@ it came (binary problems), and two guesses made from the prompt alone.  Writes `
 ``summary.json`` (nnU-Net's keys), ``temperatures.json``, ``table.md``, ``report.html`` and, last, ``SHA256SUMS``, which
 ``sha256sum --check`` reads.  With ``--prompt_jitter=0.01,0.02,0.05`` also ``prompt_jitter.csv``: DSC and ECE when every
 prompt is moved at random by up to that share of the encoder frame's side.
+``--calibrators=temperature,dirichlet`` shows every run with each of them (``calibrators.json``: those but temperature).
 """
 
 import dataclasses

@@ -54,7 +54,7 @@ class Setting:
         return f"fold{self.number}" + (f"/subjects{self.subjects}" if self.subjects else "")
 
 
-class Bench:
+class Trainer:
     """Trains what is not trained yet, and says how far it is."""
 
     def __init__(self, total: int, finished: int):
@@ -104,10 +104,10 @@ def experiment(path: Path, workdir: Path, root: str = "") -> Path:
     with locks.exclusive(workdir):
         settings = make_settings(plan, dataset, workdir)
         known = [cell for setting in settings for cell in _cells(plan, setting, workdir)]
-        bench = Bench(_count(plan) * len(settings), sum(map(is_finished, known)))
+        trainer = Trainer(_count(plan) * len(settings), sum(map(is_finished, known)))
         found = []
         for setting in settings:
-            cells = _trained(plan, setting, workdir, bench)
+            cells = _trained(plan, setting, workdir, trainer)
             found += _evaluated(plan, setting, cells, workdir)
             if names:
                 found += _evaluated(
@@ -128,8 +128,9 @@ def make_settings(plan: plans.Plan, dataset: Dataset, workdir: Path) -> list[Set
         DataError: for a leak.
     """
     data = plan.config.data
-    made, file = [_own_split(dataset, data)], None
-    if plan.protocol:
+    if not plan.protocol:
+        made, file = [_own_split(dataset, data)], None
+    else:
         file = workdir / "splits.json"
         asked = {
             "data": str(dataset.root.resolve()),
@@ -213,7 +214,7 @@ def _count(plan: plans.Plan) -> int:
     return sum(len(plan.candidates(method)) + len(plan.seeds) - 1 for method in plan.methods)
 
 
-def _trained(plan: plans.Plan, setting: Setting, workdir: Path, bench: Bench) -> list[Cell]:
+def _trained(plan: plans.Plan, setting: Setting, workdir: Path, trainer: Trainer) -> list[Cell]:
     """The cells that are evaluated, trained; with a grid the candidates first."""
     first, *others = plan.seeds
     tried = {
@@ -222,14 +223,14 @@ def _trained(plan: plans.Plan, setting: Setting, workdir: Path, bench: Bench) ->
     }
     for cells in tried.values():
         for cell in cells:
-            bench.train(cell)
+            trainer.train(cell)
     chosen = _chosen(plan, setting, tried, workdir) if plan.grid else {name: cells[0] for name, cells in tried.items()}
     found = []
     for seed in plan.seeds:
         for method, cell in chosen.items():
             own = cell if seed == first else _cell(plan, setting, workdir, method, cell.weights, seed)
             if seed in others:
-                bench.train(own)
+                trainer.train(own)
             found.append(own)
     return found
 

@@ -14,7 +14,9 @@ from launch import evaluate, grid_search, train
 from launch import experiment as launcher
 from tests.launch.test_bad_input import run
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+PAGE = ROOT / "docs" / "experiments.md"
 
 
 @pytest.fixture
@@ -37,6 +39,16 @@ def plan(config, tmp_path):
         return path
 
     return write
+
+
+def test_the_page_names_every_method_and_its_file_is_a_plan(tmp_path):
+    page = PAGE.read_text()
+    suffixes = [f"+{suffix}" for suffix in experiment.CALIBRATORS]
+    named = [*experiment.METHODS, *suffixes, *(path.name for path in SHIPPED)]
+    assert [name for name in named if f"`{name}`" not in page] == []
+    (tmp_path / "plan.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    found = experiment.read(tmp_path / "plan.yaml", "DATASET")
+    assert (found.protocol, found.few_shot, found.corruptions) == ("domain", (2, 4, 8), ("motion", "gaussian_noise"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
