@@ -9,13 +9,15 @@ last, ``SHA256SUMS``, which ``sha256sum --check`` reads.  With ``--prompt_jitter
 ``prompt_jitter.csv``: DSC and ECE when every prompt is moved at random by up to that share of the encoder frame's side.
 A model bundle can stand in place of a run, with ``--data``: it brings no training and validation cases, so neither
 guesses nor another temperature than its own are fitted.
+``--calibrators=temperature,dirichlet`` shows every run with each of them (``calibrators.json``: those but temperature).
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,8 @@ def evaluate(
     protocol: str = "",
     prompt_jitter: Sequence[float] = (),
     prompt_draws: int = 3,
+    calibrators: Sequence[str] = ("temperature",),
+    names: Sequence[str] = (),
 ) -> report.Record:
     """Score every test case and write the evaluation folder; of several processes each scores its share.
 
@@ -61,9 +65,12 @@ def evaluate(
         protocol: the prompt protocol to expect; empty: the models' own.
         prompt_jitter: amounts at which the cases are scored again with moved prompts (``robustness``).
         prompt_draws: how often for each amount.
+        calibrators: to show every run with, each fitted on the validation cases with its defaults.
+        names: what to call the runs' methods; empty: by method, loss and weights.
     """
+    trained_runs.check_calibrators(calibrators)
     folders = [bundle.resolve(folder) for folder in folders]
-    runs, first = trained_runs.read_runs(folders, protocol), jax.process_index() == 0
+    runs, first = trained_runs.read_runs(folders, protocol, names), jax.process_index() == 0
     robustness.check(prompt_jitter, prompt_draws, runs.configs[0].protocol)
     away = components.of_model(runs.record, root)
     bundled = not runs.record["config"]["data"]["root"]
@@ -81,9 +88,15 @@ def evaluate(
     domain_column = config.data.domain if root or config.data.source else ""
     work = study.Study(features, home.backbone, home.class_map, config.protocol, domain_column, config.data)
     if bundled:
-        temperatures, guesses = trained_runs.own_temperatures(folders, runs), {}
+        own = trained_runs.own_temperatures(folders, runs)
+        fits: study.Fits = {key: {"temperature": params} for key, params in own.items()}
+        guesses = {}
     else:
-        temperatures = {(m.method, m.seed): study.fit_calibrator(work, m, val) for m in runs.models}
+        image_of = _calibrator_image(home)
+        fits = {
+            (m.method, m.seed): {name: study.fit_calibrator(work, m, val, name, image=image_of) for name in calibrators}
+            for m in runs.models
+        }
         guesses = study.fit_guesses(work, train)
     if root:
         work = dataclasses.replace(work, cache=components.feature_cache(away, workdir))
@@ -93,9 +106,11 @@ def evaluate(
 
     def score(case: Case) -> exchange.Scored:
         subject = study.load(work, case)
-        again = robustness.score(work, subject, runs.models, temperatures, prompt_jitter, prompt_draws)
+        # Every spatial calibrator of every model sees the same image.
+        image = functools.cache(lambda: _calibrator_image(away)(case))
+        again = robustness.score(work, subject, runs.models, fits, prompt_jitter, prompt_draws, image)
         scored = exchange.Scored([], {}, gallery.snapshot(subject, work.domain(case)), again)
-        for found in study.predictions(work, subject, runs.models, temperatures, guesses):
+        for found in study.predictions(work, subject, runs.models, fits, guesses, image):
             scored.rows.extend(study.score(work, subject, *found, scored.statistics))
             gallery.add(scored.picture, *found, shown)
         return scored
@@ -130,7 +145,7 @@ def evaluate(
         source=source,
         targets=sorted({row.domain for row in rows} - {source}),
         domain_kind=domain_column,
-        description=_describe(home, away, runs, splits, temperatures, guesses),
+        description=_describe(home, away, runs, splits, fits, guesses),
         statistics=statistics,
         logs=runs.logs,
         gallery=gallery.pictures(snapshots, rows, shown[-1], domain_column, read_slice),
@@ -146,8 +161,12 @@ def evaluate(
             "domain_kind": domain_column,
             "models": [{"method": m.method, "seed": m.seed, "decoder_sha256": m.decoder_sha256} for m in runs.models],
         }
-        _write(workdir, record, home.class_map.names, shown[-1][0], temperatures, about)
+        _write(workdir, record, home.class_map.names, shown[-1][0], fits, about)
     return record
+
+
+def _calibrator_image(parts: components.Components) -> Callable[[Case], np.ndarray]:
+    return lambda case: study.calibrator_image(parts.prepare(case))
 
 
 def _describe(
@@ -155,7 +174,7 @@ def _describe(
     away: components.Components,
     runs: trained_runs.Runs,
     splits: Mapping[str, Sequence[Case]],
-    temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
+    fits: study.Fits,
     guesses: Mapping[str, Any],
 ) -> dict[str, str]:
     """What was run, for the head of the report."""
@@ -169,10 +188,12 @@ def _describe(
         listed = ", ".join(f"{count} {data.domain} {name}" for name, count in sorted(by_domain.items()))
         counts.append(f"{split}: {listed or 'none, the model came as a bundle'}")
     fitted = ", ".join(
-        f"{methods.display(method)} seed {seed}: {value['temperature']:.2f}"
-        + ("" if value["identifiable"] else " (not identifiable)")
-        for (method, seed), value in temperatures.items()
+        f"{methods.display(method)} seed {seed}: {own['temperature']['temperature']:.2f}"
+        + ("" if own["temperature"]["identifiable"] else " (not identifiable)")
+        for (method, seed), own in fits.items()
+        if "temperature" in own
     )
+    others = dict.fromkeys(name for own in fits.values() for name in own if name != "temperature")
     classes = ", ".join(
         f"{name} = {'+'.join(map(str, ids))}"
         for name, ids in zip(parts.class_map.names, parts.class_map.ids, strict=True)
@@ -198,6 +219,7 @@ def _describe(
         f"{config.fisher.normalisation}, of {penalised}, {config.fisher.labels} labels, linear warm-up over "
         f"{config.fisher.warmup_fraction:.0%} of the steps), CMP weight {confidence}",
         "Temperatures (validation, NLL)": fitted or "none",
+        **({"Other calibrators (validation, NLL)": ", ".join(others)} if others else {}),
         **_disc(guesses),
         "Versions": f"calsegx {calsegx.__version__}, jax {jax.__version__}, Python {platform.python_version()}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind}",
@@ -220,7 +242,7 @@ def _write(
     record: report.Record,
     class_names: Sequence[str],
     method: str,
-    temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
+    fits: study.Fits,
     about: Mapping[str, Any],
 ) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -239,10 +261,18 @@ def _write(
     files.write_atomically(workdir / "table.md", "\n".join(parts))
     parts = [latex.latex(blocks, legend=legend), latex.latex(more, columns, legend)]
     files.write_atomically(workdir / "table.tex", "\n".join(parts))
-    fitted = [{"method": method, "seed": seed, **value} for (method, seed), value in temperatures.items()]
-    files.write_atomically(workdir / "temperatures.json", json.dumps(fitted, indent=2) + "\n")
-    report.write_report(workdir / "report.html", record)
     written = ["cases.csv", "summary.json", "table.md", "table.tex", "temperatures.json", "report.html"]
+    fitted = [
+        {"method": method, "seed": seed, "calibrator": name, **params}
+        for (method, seed), own in fits.items()
+        for name, params in own.items()
+    ]
+    temperatures = [line for line in fitted if line["calibrator"] == "temperature"]
+    files.write_atomically(workdir / "temperatures.json", json.dumps(temperatures, indent=2) + "\n")
+    if others := [line for line in fitted if line["calibrator"] != "temperature"]:
+        files.write_atomically(workdir / "calibrators.json", json.dumps(others, indent=2) + "\n")
+        written.append("calibrators.json")
+    report.write_report(workdir / "report.html", record)
     if record.jittered:
         robustness.write(workdir / "prompt_jitter.csv", record.jittered)
         written.append("prompt_jitter.csv")
@@ -258,6 +288,7 @@ def define_flags() -> None:
     flags.DEFINE_string("data", "", "Another dataset folder: score all its labelled cases.")
     flags.DEFINE_string("protocol", "", "The prompt protocol to expect; another one than the models' is refused.")
     flags.DEFINE_list("prompt_jitter", [], "Also score with moved prompts: shares of the frame's side, e.g. 0.01,0.05.")
+    flags.DEFINE_list("calibrators", ["temperature"], "Of temperature, local_temperature, dirichlet: for every run.")
     flags.DEFINE_integer("prompt_draws", 3, "How often prompts are moved for each amount.", lower_bound=1)
 
 
@@ -270,7 +301,8 @@ def main() -> None:
     except ValueError as error:
         given = ",".join(arguments.prompt_jitter)
         raise UsageError(f"--prompt_jitter={given} must be numbers, separated by commas.") from error
-    record = evaluate(runs, workdir, arguments.data, arguments.protocol, amounts, arguments.prompt_draws)
+    jitter = amounts, arguments.prompt_draws
+    record = evaluate(runs, workdir, arguments.data, arguments.protocol, *jitter, arguments.calibrators)
     if jax.process_index():
         return
     print(report.headline(record))

@@ -35,11 +35,7 @@ def train(
     """
     if resume and not (workdir / "checkpoints").is_dir():
         raise InputError(f"--resume found no run in {workdir}; name the --workdir of the run to go on with.")
-    # Absolute, so that dataset, cache, folds and weights are found again from anywhere.
-    paths = {name: _absolute(getattr(config.data, name)) for name in ("root", "cache", "splits")}
-    data = dataclasses.replace(config.data, **paths)
-    model = dataclasses.replace(config.model, weights=_absolute(config.model.weights))
-    config = dataclasses.replace(config, data=data, model=model)
+    config = with_absolute_paths(config)
     parts = components.build(config)
     train_cases, val_cases = parts.select("train"), parts.select("val")
     objective = components.objective(config, len(parts.class_map.names))
@@ -79,6 +75,14 @@ def train(
         if first and resume and allow_config_change:
             files.write_atomically(workdir / "config.json", json.dumps(configs.to_dict(config), indent=2) + "\n")
     return summary
+
+
+def with_absolute_paths(config: configs.TrainConfig) -> configs.TrainConfig:
+    """The same configuration, whose dataset, cache, folds and weights are found again from anywhere."""
+    paths = {name: _absolute(getattr(config.data, name)) for name in ("root", "cache", "splits")}
+    data = dataclasses.replace(config.data, **paths)
+    model = dataclasses.replace(config.model, weights=_absolute(config.model.weights))
+    return dataclasses.replace(config, data=data, model=model)
 
 
 def _absolute(path: str) -> str:

@@ -8,16 +8,17 @@ from typing import Any
 
 import jax
 
-from calsegx import bundle, configs
+from calsegx import bundle, calibrators, configs
 from calsegx.calibrators import storage
 from calsegx.data import cases as case_tools
-from calsegx.evaluation import study
+from calsegx.evaluation import methods, study
 from calsegx.interfaces import Case, DataError, UsageError
 from calsegx.training import metrics_log, model_folder
 
 # Settings in which compared runs may differ: what they are compared for, and what changes no number.
 MAY_DIFFER = (
-    *("method", "loss", "seed", "fisher.", "cmp.", "crac.", "log_every", "save_every", "validate_every"),
+    *("method", "loss", "prompt_jitter", "seed", "fisher.", "cmp.", "crac."),
+    *("log_every", "save_every", "validate_every"),
     *("data.root", "data.splits", "data.cache", "data.workers", "model.weights", "model.encoder_batch", "model.shards"),
     *("microbatch", "tensorboard"),
 )
@@ -33,8 +34,8 @@ class Runs:
     configs: Sequence[configs.TrainConfig]  # of the models
 
 
-def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
-    """Load the models, and refuse to compare what was not trained alike.
+def read_runs(folders: Sequence[Path], protocol: str, names: Sequence[str] = ()) -> Runs:
+    """Load the models, and refuse to compare what was not trained alike; ``names`` are what to call their methods.
 
     Raises:
         UsageError: when the runs differ in cases, backbone, classes, prompt protocol or any setting of training
@@ -55,7 +56,7 @@ def read_runs(folders: Sequence[Path], protocol: str) -> Runs:
     settings = [configs.from_dict(configs.TrainConfig, r["config"], "model.json") for _, r in loaded]
     models = [
         study.Model(name, config.seed, jax.device_put(params), record["decoder_sha256"])
-        for name, config, (params, record) in zip(_names(settings), settings, loaded, strict=True)
+        for name, config, (params, record) in zip(names or _names(settings), settings, loaded, strict=True)
     ]
     for folder, model in zip(folders, models, strict=True):
         if sum((m.method, m.seed) == (model.method, model.seed) for m in models) > 1:
@@ -121,6 +122,19 @@ def own_temperatures(folders: Sequence[Path], runs: Runs) -> dict[tuple[str, int
             else:
                 print(f"note: {folder} is scored without its calibrator {name}; only temperatures are", file=sys.stderr)
     return found
+
+
+def check_calibrators(names: Sequence[str]) -> None:
+    """Before any work.
+
+    Raises:
+        UsageError: for an unknown calibrator, with the nearest, or one that is named twice.
+    """
+    for name in names:
+        calibrators.get(name)
+        if methods.suffix_of(name) not in methods.SUFFIXES or names.count(name) > 1:
+            known = [each for each in calibrators.names() if methods.suffix_of(each) in methods.SUFFIXES]
+            raise UsageError(f"--calibrators={','.join(names)}: give some of {', '.join(known)}, each once.")
 
 
 def check_unseen(record: Mapping[str, Any], test: Sequence[Case], same_dataset: bool) -> None:

@@ -22,6 +22,7 @@ ALLOWED = {
     "sharding": set(),
     "locks": set(),
     "uncertainty": {"losses", "metrics"},
+    "experiment": {"data"},
     "memory": set(),
     "slice_files": set(),
     "features": {"slice_files"},

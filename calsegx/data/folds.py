@@ -99,6 +99,23 @@ def check_parts(fold: splits.Fold, where: str, volumes: Mapping[str, float]) -> 
                 )
 
 
+def with_fewer_subjects(dataset: Dataset, fold: splits.Fold, count: int, seed: int) -> splits.Fold:
+    """The fold with ``count`` of its training subjects; of one seed a larger count holds those of a smaller one.
+
+    Raises:
+        UsageError: when the fold has fewer.
+    """
+    subject = {case.case_id: case.subject_id for case in dataset.cases}
+    drawn = sorted({subject[case_id] for case_id in fold["train"]}, key=lambda name: splits.shuffled(name, seed))
+    if count > len(drawn):
+        raise UsageError(
+            f"few_shot asks for {count} training subjects, but {fold.get('name') or 'the split'} of {dataset.root} has "
+            f"{len(drawn)}; ask for at most that."
+        )
+    kept = set(drawn[:count])
+    return {**fold, "train": [case_id for case_id in fold["train"] if subject[case_id] in kept]}
+
+
 def foreground_ml(case: Case, class_map: classes.ClassMap) -> float:
     """The volume of all classes together, in millilitres.
 

@@ -282,7 +282,7 @@ def _colour(name: str, index: int) -> str:
 def marker(name: str, index: int) -> dict[str, Any]:
     """Colour and shape of a method, hollow with a calibrator; ``index`` tells unknown methods apart."""
     colour = _colour(name, index)
-    hollow = name.endswith(methods.CALIBRATED)
+    hollow = methods.calibrated(name)
     shape = _MARKERS.get(methods.base(name), _SPARE_MARKERS[index % len(_SPARE_MARKERS)])
     return {"marker": shape, "markeredgecolor": colour, "markerfacecolor": "none" if hollow else colour}
 

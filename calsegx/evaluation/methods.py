@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 
 CALIBRATED = "+ts"  # suffix of a method's name: with temperature scaling fitted on source validation cases
+SUFFIXES = {CALIBRATED: "TS", "+lts": "LTS", "+dirichlet": "Dirichlet"}  # of calibrators, and for readers
+_CALIBRATORS = {"temperature": CALIBRATED, "local_temperature": "+lts"}
 _BASE_NAMES = {
     "prompt_only_disc": "Prompt-only disc",
     "prompt_only_ellipse": "Prompt-only ellipse",
@@ -12,6 +14,14 @@ _BASE_NAMES = {
     "sam_cmp": "SAM-FT + CMP",
     "calsam": "CalSAM",
     "crac": "CRaC",
+    "medsam": "MedSAM recipe",
+    "focal": "Focal",
+    "dice_plus_plus": "Dice++",
+    "mbls": "MbLS",
+    "nacl": "NACL",
+    "svls": "SVLS",
+    "label_smoothing": "Label smoothing",
+    "ecp": "ECP",
 }
 PROMPT_ONLY = ("prompt_only_disc", "prompt_only_ellipse")
 VANILLA = "vanilla_sam"
@@ -24,7 +34,7 @@ ADDITIONS = {"sam_fip": "FIP", "sam_cmp": "CMP", "calsam": "FIP + CMP"}
 def order(names: Iterable[str]) -> list[str]:
     """The names in display order, each once; unknown ones follow in the order in which they came."""
     given = list(dict.fromkeys(names))
-    known = [name + suffix for name in _BASE_NAMES for suffix in ("", CALIBRATED)]
+    known = [name + suffix for name in _BASE_NAMES for suffix in ("", *SUFFIXES)]
     return [name for name in known if name in given] + [name for name in given if name not in known]
 
 
@@ -34,12 +44,26 @@ def is_ours(name: str) -> bool:
 
 
 def base(name: str) -> str:
-    """The method without its temperature scaling."""
-    return name.removesuffix(CALIBRATED)
+    """The method without its calibrator."""
+    return name.removesuffix(_suffix(name))
+
+
+def calibrated(name: str) -> bool:
+    """Whether the method is another one with a calibrator."""
+    return bool(_suffix(name))
+
+
+def suffix_of(calibrator: str) -> str:
+    """What a method's name ends with when it has been calibrated by the registered ``calibrator``."""
+    return _CALIBRATORS.get(calibrator, f"+{calibrator}")
+
+
+def _suffix(name: str) -> str:
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
 def display(name: str) -> str:
     """The name for readers, with the loss where a run has another than its method's; an unknown one is as it is."""
-    suffix = " + TS" if name.endswith(CALIBRATED) else ""
+    suffix = f" + {SUFFIXES[_suffix(name)]}" if calibrated(name) else ""
     method, colon, loss = base(name).partition(":")
     return _BASE_NAMES.get(method, method) + (f" ({loss})" if colon else "") + suffix

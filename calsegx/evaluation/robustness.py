@@ -5,10 +5,9 @@ import dataclasses
 import io
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -59,9 +58,10 @@ def score(
     work: study.Study,
     subject: study.Subject,
     models: Sequence[study.Model],
-    temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
+    fits: study.Fits,
     amounts: Sequence[float],
     draws: int,
+    image: Callable[[], np.ndarray] | None = None,
 ) -> dict[float, list[evaluate.Row]]:
     """Rows of ``MEASURED`` of one case by amount, for every method that looks at the image.
 
@@ -73,7 +73,7 @@ def score(
         rows = found[amount] = []
         for draw in range(draws):
             moved = jittered(work, subject, amount, draw)
-            for method, _, probabilities in study.predictions(work, moved, models, temperatures, {}):
+            for method, _, probabilities in study.predictions(work, moved, models, fits, {}, image):
                 key = evaluate.CaseKey(method, draw, case.case_id, case.subject_id, work.domain(case), case.split)
                 scored, _ = evaluate.evaluate_case(
                     probabilities, subject.truth, subject.spacing_mm, work.class_map.names, key, [REGION]

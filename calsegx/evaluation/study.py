@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from calsegx import calibrators, configs, features
-from calsegx.calibrators import temperature
 from calsegx.data import cases as case_tools
 from calsegx.data import classes, frames, pipeline, preprocessing
 from calsegx.evaluation import baselines, evaluate, methods, predict
@@ -24,6 +23,7 @@ DECODER_BATCH = 16
 NO_SEED = 0  # of methods that nothing was trained for
 
 Statistics = dict[tuple[str, str, str], calibration.CalibrationStatistics]
+Fits = Mapping[tuple[str, int], Mapping[str, Mapping[str, Any]]]  # (method, seed) -> calibrator -> its params
 
 
 @dataclass(frozen=True)
@@ -203,12 +203,14 @@ def predictions(
     study: Study,
     subject: Subject,
     models: Iterable[Model],
-    temperatures: Mapping[tuple[str, int], Mapping[str, Any]],
+    fits: Fits,
     guesses: Mapping[str, Callable[[baselines.PromptedTruth], np.ndarray]],
+    image: Callable[[], np.ndarray] | None = None,
 ) -> Iterator[tuple[str, int, np.ndarray]]:
     """``(method, seed, foreground probabilities [D, H, W, K])`` of everything that is compared, for one case.
 
-    Zero-shot SAM knows no classes, so it takes part in binary problems only.
+    Zero-shot SAM knows no classes, so it takes part in binary problems only.  ``image`` gives spatial calibrators
+    the case's ``calibrator_image``.
     """
     for name, guess in guesses.items():
         guessed = guess(subject.prompted)
@@ -219,10 +221,12 @@ def predictions(
     for model in models:
         logits = slice_logits(study, study.decode, model.params, subject)
         yield model.method, model.seed, foreground(subject, logits)
-        fitted = temperatures.get((model.method, model.seed))
-        if fitted is not None:
-            calibrated = temperature.apply(fitted, logits)
-            yield model.method + methods.CALIBRATED, model.seed, foreground(subject, calibrated)
+        for name, params in fits.get((model.method, model.seed), {}).items():
+            component = calibrators.get(name)
+            calibrated = logits
+            if len(logits):  # a case without foreground has no prompted slice
+                calibrated = component.apply(params, logits, image() if component.spatial and image else None)
+            yield model.method + methods.suffix_of(name), model.seed, foreground(subject, calibrated)
 
 
 def score(

@@ -61,7 +61,7 @@ class Record:
             (method, reference)
             for method in present
             if methods.base(method) not in (*methods.UNTRAINED, methods.BASELINE)
-            for reference in ((scaled,) if method.endswith(methods.CALIBRATED) else (methods.BASELINE, scaled))
+            for reference in ((scaled,) if methods.calibrated(method) else (methods.BASELINE, scaled))
             if reference in present
         ]
         return [
@@ -153,9 +153,7 @@ def _gap_sentence(record: Record, target: str) -> str:
     lead = f"From {place(record, record.source)} to {place(record, target)}"
     if not gaps:
         return f"{lead}: no method has results on both."
-    parts = [
-        f"{methods.display(name)} {_loss(gap)}" for name, gap in gaps.items() if not name.endswith(methods.CALIBRATED)
-    ]
+    parts = [f"{methods.display(name)} {_loss(gap)}" for name, gap in gaps.items() if not methods.calibrated(name)]
     return f"{lead}: {'; '.join(parts)}."
 
 
@@ -274,7 +272,7 @@ def _beaten(record: Record, domain: str) -> str:
     rows = compare.index(row for row in record.rows if row.metric == evaluate.DSC)
     names = methods.order(row.method for row in record.rows if row.domain == domain)
     references = [name for name in (*methods.PROMPT_ONLY, methods.VANILLA) if name in names]
-    trained = [name for name in names if name not in references and not name.endswith(methods.CALIBRATED)]
+    trained = [name for name in names if name not in references and not methods.calibrated(name)]
     lead = f"Trained methods on {where(record, domain)}"
     if not references or not trained:
         return f"{lead}: nothing to compare them with."
@@ -300,7 +298,7 @@ def _not_beaten(record: Record, domain: str) -> list[str]:
     names = methods.order(row.method for row in record.rows if row.domain == domain)
     sentences = []
     for reference in (*methods.PROMPT_ONLY, methods.VANILLA):
-        rivals = [n for n in names if n not in (*methods.PROMPT_ONLY, reference) and not n.endswith(methods.CALIBRATED)]
+        rivals = [n for n in names if n not in (*methods.PROMPT_ONLY, reference) and not methods.calibrated(n)]
         if reference not in names or not rivals:
             continue
         found = [compare.compare(rows, name, reference, domain, *DSC) for name in rivals]

@@ -1,0 +1,352 @@
+"""Methods x seeds x folds from one file, to the tables; what is finished is not done again.
+
+python -m launch.experiment --config=configs/scanner_split.yaml --data=DATASET --workdir=runs/scanner_split
+
+The file names methods, seeds, folds and settings (docs/experiments.md).  Every cell is a run folder of its own under
+``runs/``, as ``launch.train`` writes it; a broken experiment goes on with the same command.  The features are encoded
+once for all cells.  ``evaluation/`` holds a report per fold, ``cases.csv`` and ``table.md`` all folds together.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from calsegx import configs, files, locks
+from calsegx import experiment as plans
+from calsegx.data import cases as case_tools
+from calsegx.data import folds, splits
+from calsegx.evaluation import methods, pooled, tables
+from calsegx.interfaces import Dataset, UsageError
+from calsegx.training import checkpoints, model_folder, progress
+from launch import common, components, corrupt, evaluate, grid_search, split, train
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    method: str
+    weights: Mapping[str, float]  # of the grid
+    config: configs.TrainConfig
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the cells of one table share: a fold and how many subjects are trained on."""
+
+    name: str  # of the fold; empty: the dataset's own split
+    number: int
+    source: str  # the domain that is trained on; empty: all
+    subjects: int  # 0: all
+    file: Path | None  # of folds; None: the dataset's own split
+
+    @property
+    def folder(self) -> str:
+        """Part of the path of its runs and evaluations."""
+        return f"fold{self.number}" + (f"/subjects{self.subjects}" if self.subjects else "")
+
+
+class Trainer:
+    """Trains what is not trained yet, and says how far it is."""
+
+    def __init__(self, total: int, finished: int):
+        self._total, self._left, self._number, self._seconds = total, total - finished, 0, []
+
+    def train(self, cell: Cell) -> None:
+        """Train a cell, go on with it, or leave it as it is when it is finished."""
+        self._number += 1
+        if is_finished(cell):
+            return
+        left = ""
+        if self._seconds:
+            mean = sum(self._seconds) / len(self._seconds)
+            left = f", about {progress.duration(mean * self._left)} of training left"
+        print(f"[{self._number} of {self._total}] {cell.folder}{left}", flush=True)
+        start = time.monotonic()
+        train.train(cell.config, cell.folder, bool(checkpoints.whole_steps(cell.folder / "checkpoints")))
+        self._seconds.append(time.monotonic() - start)
+        self._left -= 1
+
+
+def experiment(path: Path, workdir: Path, root: str = "") -> Path:
+    """All of a plan; returns the path of ``table.md``.
+
+    Args:
+        path: the plan, see ``calsegx.experiment``.
+        workdir: for all that is written.
+        root: the dataset's folder, in place of the plan's.
+
+    Raises:
+        InputError: for a plan or dataset that cannot be used, or a run in ``workdir`` with other settings.
+    """
+    plan, workdir = plans.read(path, root), workdir.resolve()
+    names = corrupt.read_names(plan.corruptions) if plan.corruptions else []
+    levels = corrupt.read_levels(plan.levels) if plan.corruptions else []
+    parts = components.build(plan.settings(plan.methods[0], plan.candidates(plan.methods[0])[0]))
+    dataset = parts.dataset
+    for method in plan.methods:
+        for weights in plan.candidates(method):
+            components.objective(plan.settings(method, weights), len(parts.class_map.names))
+    if workdir.is_relative_to(dataset.root.resolve()):
+        raise UsageError(f"--workdir={workdir} lies in the dataset's folder, which is never written to; name another.")
+
+    def shift(data: configs.DataConfig, folder: Path) -> None:
+        corrupt.corrupt(data, names, levels, folder)
+
+    with locks.exclusive(workdir):
+        settings = make_settings(plan, dataset, workdir)
+        known = [cell for setting in settings for cell in _cells(plan, setting, workdir)]
+        trainer = Trainer(_count(plan) * len(settings), sum(map(is_finished, known)))
+        found = []
+        for setting in settings:
+            cells = _trained(plan, setting, workdir, trainer)
+            found += _evaluated(plan, setting, cells, workdir)
+            if names:
+                found += _evaluated(
+                    plan, setting, cells, workdir, lambda data, to: corrupt.corrupt(data, names, levels, to)
+                )
+        found = pooled.joined(found)
+        pooled.write_cases(workdir / "cases.csv", found)
+        blocks = pooled.overview(found, plan.config.data.domain, plan.protocol in ("kfold", "leave_one_domain_out"))
+        files.write_atomically(workdir / "table.md", tables.markdown(blocks))
+    return workdir / "table.md"
+
+
+def make_settings(plan: plans.Plan, dataset: Dataset, workdir: Path) -> list[Setting]:
+    """The folds, written to ``splits.json`` and checked for leaks, and for few-shot training each size of them.
+
+    Raises:
+        UsageError: when ``workdir`` holds other folds, or a fold has fewer subjects than are asked for.
+        DataError: for a leak.
+    """
+    data = plan.config.data
+    if not plan.protocol:
+        made, file = [_own_split(dataset, data)], None
+    else:
+        file = workdir / "splits.json"
+        asked = {
+            "data": str(dataset.root.resolve()),
+            "protocol": plan.protocol,
+            "classes": data.classes,
+            **dataclasses.asdict(plan.options),
+        }
+        _once(workdir / "folds.json", asked, lambda: _make_folds(plan, dataset, file), [file])
+        made = splits.read(file)
+    column = {case.case_id: case_tools.domain(case, data.domain) for case in dataset.cases}
+    found = []
+    for size in plan.few_shot or (0,):
+        for seed in plan.seeds if size else ():
+            reduced = [folds.with_fewer_subjects(dataset, fold, size, seed) for fold in made]
+            splits.write(_few_shot_file(workdir, size, seed), reduced)
+        for number, fold in enumerate(made):
+            source = column[fold["train"][0]] if plan.protocol == "domain" else data.source
+            found.append(Setting(fold.get("name", ""), number, source, size, file))
+    return found
+
+
+def is_finished(cell: Cell) -> bool:
+    """Whether the cell's model is there.
+
+    Raises:
+        UsageError: when it was trained with other settings.
+    """
+    if not (cell.folder / "model" / "model.json").exists():
+        return False
+    _, record = model_folder.load(cell.folder)
+    for name, (old, new) in configs.differences(record["config"], configs.to_dict(cell.config)).items():
+        raise UsageError(
+            f"{cell.folder} was trained with {name}={old!r}, and the experiment now asks for {new!r}; name another "
+            "--workdir, or remove that run."
+        )
+    return True
+
+
+def _own_split(dataset: Dataset, data: configs.DataConfig) -> splits.Fold:
+    return {
+        part: [case.case_id for case in case_tools.select(dataset, data, part)]
+        for part in splits.PARTS
+        if part != "test" or any(case.split == part for case in dataset.cases)
+    }
+
+
+def _make_folds(plan: plans.Plan, dataset: Dataset, file: Path) -> None:
+    data = plan.config.data
+    print(split.split(dataset.root, plan.protocol, plan.options, file, layout=data.layout, spec=data.classes))
+
+
+def _few_shot_file(workdir: Path, size: int, seed: int) -> Path:
+    return workdir / "few_shot" / f"subjects{size}_seed{seed}.json"
+
+
+def _cell(
+    plan: plans.Plan, setting: Setting, workdir: Path, method: str, weights: Mapping[str, float], seed: int
+) -> Cell:
+    config = plan.settings(method, weights)
+    every = config.protocol in configs.EVERY_SLICE  # another cache: more slices are encoded
+    cache = config.data.cache or str(workdir / ("features_every_slice" if every else "features"))
+    file = _few_shot_file(workdir, setting.subjects, seed) if setting.subjects else setting.file
+    data = dataclasses.replace(
+        config.data, cache=cache, source=setting.source, splits=str(file or ""), fold=setting.number if file else 0
+    )
+    config = train.with_absolute_paths(dataclasses.replace(config, seed=seed, data=data))
+    name = "_".join([method, *(f"{key}={value:g}" for key, value in weights.items()), f"seed{seed}"])
+    return Cell(method, weights, config, workdir / "runs" / setting.folder / name)
+
+
+def _cells(plan: plans.Plan, setting: Setting, workdir: Path) -> Iterable[Cell]:
+    """All that may be trained: with a grid, more than will be."""
+    for method in plan.methods:
+        for weights in plan.candidates(method):
+            for seed in plan.seeds:
+                yield _cell(plan, setting, workdir, method, weights, seed)
+
+
+def _count(plan: plans.Plan) -> int:
+    """Cells of one setting: every candidate with the first seed, the chosen ones with the others."""
+    return sum(len(plan.candidates(method)) + len(plan.seeds) - 1 for method in plan.methods)
+
+
+def _trained(plan: plans.Plan, setting: Setting, workdir: Path, trainer: Trainer) -> list[Cell]:
+    """The cells that are evaluated, trained; with a grid the candidates first."""
+    first, *others = plan.seeds
+    tried = {
+        method: [_cell(plan, setting, workdir, method, weights, first) for weights in plan.candidates(method)]
+        for method in plan.methods
+    }
+    for cells in tried.values():
+        for cell in cells:
+            trainer.train(cell)
+    chosen = _chosen(plan, setting, tried, workdir) if plan.grid else {name: cells[0] for name, cells in tried.items()}
+    found = []
+    for seed in plan.seeds:
+        for method, cell in chosen.items():
+            own = cell if seed == first else _cell(plan, setting, workdir, method, cell.weights, seed)
+            if seed in others:
+                trainer.train(own)
+            found.append(own)
+    return found
+
+
+def _chosen(plan: plans.Plan, setting: Setting, tried: Mapping[str, Sequence[Cell]], workdir: Path) -> dict[str, Cell]:
+    """The cell of every method that the rule chooses; what it saw is written to ``selection/``."""
+    scores = {
+        method: [grid_search.score(cell.folder, cell.weights, plan.rule) for cell in cells]
+        for method, cells in tried.items()
+        if len(cells) > 1 or method == plans.BASELINE
+    }
+    baseline = scores[plans.BASELINE][0].dsc
+    chosen = {method: cells[0] for method, cells in tried.items()}
+    content: dict[str, Any] = {"rule": dataclasses.asdict(plan.rule), "seed": plan.seeds[0], "split": "val"}
+    content["methods"] = {}
+    for method, candidates in scores.items():
+        best = grid_search.choose(candidates, baseline, plan.rule)
+        chosen[method] = tried[method][candidates.index(best)]
+        content["methods"][method] = {
+            "chosen": dict(best.weights),
+            "candidates": [dataclasses.asdict(candidate) for candidate in candidates],
+        }
+    files.write_atomically(
+        workdir / "selection" / f"{setting.folder.replace('/', '_')}.json", json.dumps(content, indent=2) + "\n"
+    )
+    return chosen
+
+
+def _evaluated(
+    plan: plans.Plan,
+    setting: Setting,
+    cells: Sequence[Cell],
+    workdir: Path,
+    make_shift: Callable[[configs.DataConfig, Path], object] | None = None,
+) -> list[pooled.Part]:
+    """Evaluations of the cells, one for each prompt protocol and, where seeds train on other subjects, for each seed.
+
+    ``make_shift`` writes the shifted test cases of a fold into a folder, which are evaluated in place of the fold's.
+    """
+    groups: dict[tuple[str, int | None], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.config.protocol, cell.config.seed if setting.subjects else None), []).append(cell)
+    found = []
+    for (protocol, seed), members in groups.items():
+        name = protocol + ("" if seed is None else f"_seed{seed}")
+        folder = workdir / ("corrupted_evaluation" if make_shift else "evaluation") / setting.folder / name
+        shifted = workdir / "corrupted" / f"fold{setting.number}" if make_shift else None
+        asked = {
+            "runs": [
+                [cell.method, cell.config.seed, model_folder.load(cell.folder)[1]["decoder_sha256"]] for cell in members
+            ],
+            "calibrators": list(plan.calibrators),
+            "corruptions": [list(plan.corruptions), list(plan.levels)] if make_shift else [],
+        }
+
+        def work(members=members, folder=folder, shifted=shifted) -> None:
+            if make_shift and shifted:
+                make_shift(members[0].config.data, shifted)
+            evaluate.evaluate(
+                [cell.folder for cell in members],
+                folder,
+                str(shifted or ""),
+                calibrators=plan.calibrators,
+                names=[cell.method for cell in members],
+            )
+
+        _once(folder / "asked.json", asked, work, [folder / "cases.csv"], again=True)
+        rows = pooled.read_cases(folder / "cases.csv")
+        if seed is not None:  # the guesses were fitted on this seed's subjects
+            rows = [dataclasses.replace(r, seed=seed) if r.method in methods.UNTRAINED else r for r in rows]
+        images = pooled.CORRUPTED if make_shift else pooled.AS_THEY_ARE
+        source = corrupt.CLEAN if make_shift else setting.source
+        found.append(pooled.Part(setting.name, setting.subjects, protocol, images, source, rows))
+    return found
+
+
+def _once(
+    record: Path, asked: Mapping[str, Any], work: Callable[[], None], results: Sequence[Path], again: bool = False
+) -> None:
+    """Do ``work`` unless ``record`` says that it was done as ``asked`` and its ``results`` are still those.
+
+    Raises:
+        UsageError: when it was done for something else, unless it may be done ``again``.
+    """
+    known = json.loads(record.read_text()) if record.exists() else None
+    if known and known["asked"] == asked and known["results"] == _hashes(results):
+        return
+    if known and known["asked"] != asked and not again:
+        name, (old, new) = next(iter(configs.differences(known["asked"], asked).items()))
+        raise UsageError(
+            f"{results[0]} was made with {name}={old!r}, and the experiment now asks for {new!r}; name another "
+            "--workdir."
+        )
+    work()
+    content = {"asked": asked, "results": _hashes(results)}
+    files.write_atomically(record, json.dumps(content, indent=2) + "\n")
+
+
+def _hashes(paths: Iterable[Path]) -> list[str]:
+    return [hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "" for path in paths]
+
+
+def define_flags() -> None:
+    """``--config``, ``--data`` and ``--workdir``."""
+    flags.DEFINE_string("config", None, "The experiment, a YAML or JSON file.", required=True)
+    flags.DEFINE_string("data", "", "The dataset's folder; default: config.data.root of the file.")
+    common.define_folder("workdir", "Folder for everything that is written.")
+
+
+def main() -> None:
+    """Run it, and say where the tables are."""
+    start = time.monotonic()
+    table = experiment(Path(flags.FLAGS.config), Path(flags.FLAGS.workdir), flags.FLAGS.data)
+    minutes = (time.monotonic() - start) / 60
+    print(f"Done in {minutes:.1f} minutes; the tables are {table} and {table.with_name('cases.csv')}.")
+
+
+if __name__ == "__main__":
+    common.run(main, define_flags)
