@@ -24,7 +24,7 @@ from calsegx.data import cases as case_tools
 from calsegx.data import folds, splits
 from calsegx.evaluation import methods, pooled, tables
 from calsegx.interfaces import Dataset, UsageError
-from calsegx.training import checkpoints, model_folder, progress
+from calsegx.training import checkpoints, interruption, model_folder, progress
 from launch import common, components, corrupt, evaluate, grid_search, split, train
 
 
@@ -71,7 +71,11 @@ class Trainer:
             left = f", about {progress.duration(mean * self._left)} of training left"
         print(f"[{self._number} of {self._total}] {cell.folder}{left}", flush=True)
         start = time.monotonic()
-        train.train(cell.config, cell.folder, bool(checkpoints.whole_steps(cell.folder / "checkpoints")))
+        try:
+            train.train(cell.config, cell.folder, bool(checkpoints.whole_steps(cell.folder / "checkpoints")))
+        except interruption.Interrupted as stopped:
+            kept = f"Stopped in {cell.folder}: what was finished or saved by then is kept; the same command goes on."
+            raise interruption.Interrupted(kept, stopped.exit_code) from stopped
         self._seconds.append(time.monotonic() - start)
         self._left -= 1
 
