@@ -10,7 +10,7 @@ import yaml
 from calsegx import configs, experiment
 from calsegx.evaluation import methods, pooled
 from calsegx.interfaces import DataError, UsageError
-from launch import grid_search, train, trained_runs
+from launch import evaluate, grid_search, train, trained_runs
 from launch import experiment as launcher
 from tests.launch.test_bad_input import run
 
