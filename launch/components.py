@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from calsegx import configs, files, losses, models, sharding
 from calsegx.data import cases as case_tools
-from calsegx.data import classes, frames, images, intensity, preprocessing, prompts
+from calsegx.data import classes, examine, frames, images, intensity, preprocessing, prompts
 from calsegx.data import clicks as click_tools
 from calsegx.data import online as online_data
 from calsegx.features import FeatureCache
@@ -29,7 +29,6 @@ FRAME_SETTINGS = (
     *("slice_axis", "resample", "adjacent_slices"),
 )
 AUGMENTATION_SETTINGS = ("rotation_degrees", "intensity_fraction", "gamma", "noise", "low_resolution")
-ANISOTROPIC = 2.0  # ratio of voxel sides from which the slice axis is a question
 VIEW_SEED = 2024  # of the augmented views: the same for all training seeds, so that they share one cache
 
 
@@ -127,15 +126,15 @@ def note_coarse_axis(components: Components, cases: Sequence[Case]) -> None:
             spacing_mm = images.read_grid(case.images[components.channels[0]])[1]
             distances = dict(zip(configs.SLICE_AXES, spacing_mm, strict=True))  # axial slices, coronal rows, ...
             coarsest = max(distances, key=distances.__getitem__)
-            if distances[coarsest] >= ANISOTROPIC * distances[asked]:
+            if distances[coarsest] >= examine.ANISOTROPIC * distances[asked]:
                 found.append((case.case_id, distances, coarsest))
     if found:
         case_id, distances, coarsest = found[0]
         spacing = ", ".join(f"{axis} {distance:.3g} mm" for axis, distance in distances.items())
         print(
-            f"note: in {len(found)} of {len(cases)} training cases voxels are at least {ANISOTROPIC:g} times as long "
-            f"along another axis as from one {asked} slice to the next (case {case_id!r}: {spacing}), so slices are "
-            f"seen in coarse pixels; --config.data.slice_axis={coarsest} takes them as they were measured",
+            f"note: in {len(found)} of {len(cases)} training cases voxels are at least {examine.ANISOTROPIC:g} times "
+            f"as long along another axis as from one {asked} slice to the next (case {case_id!r}: {spacing}), so "
+            f"slices are seen in coarse pixels; --config.data.slice_axis={coarsest} takes them as they were measured",
             file=sys.stderr,
         )
 

@@ -19,7 +19,7 @@ from absl import flags
 
 from calsegx import files
 from calsegx.data import index, layouts, verify
-from calsegx.interfaces import DataError
+from calsegx.interfaces import DataError, UsageError
 from calsegx.training import progress
 from launch import common
 
@@ -39,12 +39,14 @@ def verify_dataset(
         workers: cases read at once; 0: two for each core, at most 16.
 
     Raises:
-        UsageError: when ``output`` lies in the dataset.
+        UsageError: when ``output`` lies in the dataset, or holds a table that ``skip`` would replace.
         DataError: when the folder is no dataset; after everything was printed and written, for any error with
             ``stop``, and with ``skip`` when no case is left or an error concerns the whole dataset.
     """
     if output:
         files.check_outside(output, root, "--output")
+        if on_error == "skip" and (output / "cases.tsv").exists():
+            raise UsageError(f"--output={output} holds a cases.tsv already; name another folder or move it away.")
     dataset = layouts.detect(root, layout)
     with progress.Progress("Verifying", len(dataset.cases), "cases") as bar:
         report = verify.verify(dataset, workers, bar.update)

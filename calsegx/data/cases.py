@@ -187,7 +187,7 @@ def unused_files(dataset: Dataset) -> list[Path]:
     return [
         path
         for path in sorted(dataset.root.rglob("*"))
-        if path.name.endswith((".nii", ".nii.gz", ".png")) and path.absolute() not in used
+        if path.name.lower().endswith(images.ENDINGS) and path.absolute() not in used
         if not any(part.startswith(".") for part in path.relative_to(dataset.root).parts)
     ]
 

@@ -15,10 +15,9 @@ from calsegx.interfaces import Case, DataError, Volume
 
 LABEL = "label"  # roles of files: this, and image:<channel>, as the columns of cases.tsv
 SAME_MM = 1e-4  # corners nearer than this differ by the rounding of float32 alone
-ANISOTROPIC = 3.0  # longest over shortest voxel side, from which the slice axis matters
+ANISOTROPIC = 2.0  # longest over shortest voxel side, from which the slice axis matters
 PLAUSIBLE_MM = (0.05, 20.0)  # voxel sides outside of it are a wrong unit rather than a scan
 OBLIQUE_DEGREES = 0.5
-MOST_IDS = 32  # of labels that nobody declared
 SHEARED = 1e-3  # cosine between two voxel axes
 MOST_LABEL_IDS = 16  # an image with no more different values, all of them whole numbers, looks like a label
 _EXACT_IN_FLOAT32 = 2**24
@@ -269,12 +268,12 @@ def _check_label(path: Path, ids: Mapping[int, float], labels: Mapping[str, int]
     if set(ids) == {0}:
         say("warning", "empty-label", f"{path} is empty: no voxel has a label; check that the case is meant to be.")
     if not labels:
-        if len(ids) > MOST_IDS:
+        if len(ids) > images.MOST_IDS:
             say(
                 "error",
                 "label-ids",
-                f"{path} holds {len(ids)} different values, so it looks like an image; expected at most {MOST_IDS} "
-                "label ids: give the right file, or name the ids in dataset.json.",
+                f"{path} holds {len(ids)} different values, so it looks like an image; expected at most "
+                f"{images.MOST_IDS} label ids: give the right file, or name the ids in dataset.json.",
             )
         return
     known = classes.ClassMap((), (), frozenset({0, *labels.values()}))

@@ -9,6 +9,9 @@ from calsegx.data import nifti, pictures
 from calsegx.data.nifti import require_file as require_file
 from calsegx.interfaces import UsageError, Volume
 
+ENDINGS = (*nifti.ENDINGS, pictures.ENDING)
+MOST_IDS = 32  # of labels that nobody declared; more are an image, or the grey edges of a smoothed mask
+
 
 def read(path: Path, volume: int | None = None, slice_axis: str = "axial") -> Volume:
     """Read an image as float32 ``[D, H, W]``; see ``nifti.read`` and ``pictures.read``.

@@ -1,7 +1,7 @@
 """Side tables: which subject was scanned where, on what; BIDS' participants.tsv is one."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from calsegx.interfaces import DataError
@@ -38,7 +38,9 @@ def read(path: Path) -> dict[str, dict[str, str]]:
             f"commas; the columns are {', '.join(reader.fieldnames) or 'none'}."
         )
     found: dict[str, dict[str, str]] = {}
-    for row in reader:
+    for row in _rows(path, reader):
+        if not row[subject_column].strip():
+            raise DataError(f"{path}, line {reader.line_num}: no subject; name one, or remove the line.")
         cells = {name: (row.get(name) or "").strip() for names in COLUMNS.values() for name in names}
         values = {
             field: next(cells[name] for name in names if cells[name] not in _EMPTY)
@@ -52,6 +54,13 @@ def read(path: Path) -> dict[str, dict[str, str]]:
                 "give every subject one centre, scanner and field strength."
             )
     return found
+
+
+def _rows(path: Path, reader: csv.DictReader) -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not readable as a table ({error}); save it again.") from error
 
 
 def plain(subject: str) -> str:

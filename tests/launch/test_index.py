@@ -135,6 +135,7 @@ def test_metadata_adds_the_domain(tmp_path, capsys):
         ("subject\tage\nsub-01\t44\n", "gives no subject a centre, scanner or field strength; expected a column of"),
         ("subject\tsite\n1\tBern\n", r"names none of the dataset's subjects \(01, 02, 03\), but 1; is '1' the subject"),
         ("subject\tsite\n01\tBern\n01\tBasel\n", "line 3: subject '01' has .*Basel.* but .*Bern.* further up"),
+        ("subject\tsite\n\tBern\n01\tBern\n", "line 2: no subject; name one, or remove the line"),
         (None, "does not exist"),
     ],
 )

@@ -57,6 +57,8 @@ def test_skip_lists_the_cases_to_leave_out(damaged, capsys):
     left, whole = (layouts.detect(folder) for folder in (output, damaged))
     assert {case.case_id for case in left.cases} == {case.case_id for case in whole.cases} - set(report.failing())
     assert verify.verify_dataset(output).count("error") == 0
+    with pytest.raises(UsageError, match="holds a cases.tsv already"):
+        verify.verify_dataset(damaged, output=output, on_error="skip")
 
 
 def test_skip_cannot_leave_out_all_or_what_is_no_case(dataset, damaged):

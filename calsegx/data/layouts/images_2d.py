@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from calsegx.data import layouts, pictures
+from calsegx.data import images, layouts, pictures
 from calsegx.data.layouts import nnunet_v2
 from calsegx.interfaces import Case, DataError, Dataset
 
 SAMPLED_MASKS = 100
-MOST_IDS = 32  # undeclared; more are the grey edges of a smoothed or lossily compressed mask
 _OTHER_FORMATS = (".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 
 
@@ -72,7 +71,7 @@ def _labels(root: Path, masks: list[Path]) -> dict[str, int]:
     ids: set[int] = set()
     for index in chosen:
         ids.update(np.unique(pictures.read_labels(masks[index]).voxels).tolist())
-        if len(ids) > MOST_IDS:
+        if len(ids) > images.MOST_IDS:
             raise DataError(
                 f"{masks[index]} and the masks before it hold {len(ids)} different values, as smoothed edges do; "
                 f'threshold the masks, or declare the ids in {declared}: {{"background": 0, "name": id}}.'
