@@ -69,6 +69,7 @@ def test_mask_losses_of_a_perfect_and_an_empty_mask(pool):
     assert (balanced > plain).all()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     monkeypatch.setattr(presets, "TINY", SMALL)
     sizes = {"steps": 3, "pool": 16, "held_out_images": 2, "images": 2, "prompts": 1, "save_every": 1}
