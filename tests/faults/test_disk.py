@@ -136,6 +136,7 @@ def refused(folder, fault):
     assert checkpoints.whole_steps(again) == [2, 4]
 
 
+@pytest.mark.slow
 def test_a_full_file_system(inputs, whole, tmp_path):
     """A whole run on a disk that fills up; when there is space again it ends like an undisturbed one."""
     needed = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())

@@ -186,9 +186,8 @@ THREE_SUBJECTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["bids", *(pytest.param(name, marks=pytest.mark.slow) for name in list(THREE_SUBJECTS)[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", THREE_SUBJECTS)
 def test_training_needs_the_folder_alone(tmp_path, name, small_sam):
     root = THREE_SUBJECTS[name](tmp_path / "data")
     config = configs.TrainConfig(

@@ -67,6 +67,7 @@ def test_verification_of_real_scans(clinic, tmp_path):
         ("note", "domains", ""),
         ("note", "axes", "example4d"),  # oblique
         ("note", "axes", "example_nifti2"),
+        ("note", "slices", "functional"),  # 8 x 4 x 4 mm
     }
     files = {item.case.case_id: item.files["image:T1c"] for item in report.examined}
     assert index.index_dataset(clinic)[1] == "Cases: 6 of 6 subjects, 6 without a label"
