@@ -91,11 +91,7 @@ def run(options: flags.FlagValues) -> list[measure.Row]:
         title = "{table}: {device}, load average {load:.1f} before the run".format(**found[0])
         texts.append("\n".join([title, "", *measure.table(found, COLUMNS[name])]))
         print(f"\n{texts[-1]}\n", flush=True)
-    if options.page:
-        measure.write_page(pathlib.Path(options.page), MARKS, texts)
-    if options.json:
-        measure.write_json(options.json, rows)
-        print(f"The rows are in {options.json}")
+    measure.publish(options, MARKS, texts, rows)
     return rows
 
 

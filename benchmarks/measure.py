@@ -203,10 +203,14 @@ def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
     print("\n".join(table(rows, columns)), flush=True)
 
 
-def write_page(page: Path, marks: tuple[str, str], texts: Sequence[str]) -> None:
-    """Put other tables between the page's marker comments; ``split_page``'s error."""
-    before, after = split_page(page, marks)
-    files.write_atomically(page, "\n\n".join([before + marks[0], *texts, marks[1] + after]))
+def publish(options: flags.FlagValues, marks: tuple[str, str], texts: Sequence[str], rows: Sequence[Row]) -> None:
+    """Tables between the marker comments of ``--page``, rows to ``--json``, where asked for; ``split_page``'s error."""
+    if options.page:
+        before, after = split_page(Path(options.page), marks)
+        files.write_atomically(Path(options.page), "\n\n".join([before + marks[0], *texts, marks[1] + after]))
+    if options.json:
+        write_json(options.json, rows)
+        print(f"The rows are in {options.json}")
 
 
 def split_page(page: Path, marks: tuple[str, str]) -> tuple[str, str]:

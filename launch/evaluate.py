@@ -73,6 +73,7 @@ def evaluate(
     runs, first = trained_runs.read_runs(folders, protocol, names), jax.process_index() == 0
     robustness.check(prompt_jitter, prompt_draws, runs.configs[0].protocol)
     away = components.of_model(runs.record, root)
+    files.check_outside(workdir, away.dataset.root, "--workdir")
     bundled = not runs.record["config"]["data"]["root"]
     home = away if bundled or not root else components.of_model(runs.record, "")
     config = home.config

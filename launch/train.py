@@ -37,6 +37,7 @@ def train(
         raise InputError(f"--resume found no run in {workdir}; name the --workdir of the run to go on with.")
     config = with_absolute_paths(config)
     parts = components.build(config)
+    files.check_outside(workdir, parts.dataset.root, "--workdir")
     train_cases, val_cases = parts.select("train"), parts.select("val")
     objective = components.objective(config, len(parts.class_map.names))
     mesh = sharding.device_mesh()

@@ -185,6 +185,22 @@ def require_file(path: Path, role: str = "") -> None:
     )
 
 
+def read_content(path: Path) -> bytes:
+    """All bytes of a file that must be there and not be empty.
+
+    Raises:
+        DataError: when it is not, or cannot be read.
+    """
+    require_file(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check permissions and the drive.") from error
+    if not content:
+        raise DataError(f"{path} is empty (0 bytes); copy or download it again.")
+    return content
+
+
 def read_grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Shape and spacing in mm along the axial working axes (slices, rows, columns), from the header alone.
 
@@ -264,12 +280,7 @@ def _read_bytes(path: Path) -> bytes:
     require_file(path)
     if not path.name.endswith(ENDINGS):
         raise DataError(f"{path} does not end in .nii or .nii.gz; convert it to NIfTI.")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check permissions and the drive.") from error
-    if not content:
-        raise DataError(f"{path} is empty (0 bytes); copy or download it again.")
+    content = read_content(path)
     if content.startswith(b"version https://git-lfs") or b"/annex/objects/" in content[:500]:
         raise DataError(
             f"{path} is a pointer, not the image: its content was not downloaded; run 'git lfs pull' (or 'git annex "

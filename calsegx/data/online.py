@@ -51,7 +51,7 @@ class Reader:
     protocol: str
     num_classes: int
     count: int  # slices per volume
-    jitter: Callable[[Prompts, np.random.Generator], Prompts] | None = None
+    jitter: Callable[..., Prompts] | None = None  # (prompts, rng, part=): prompts.jitter
 
     def __call__(self, draw: Draw) -> Slices:
         """Read a case and draw its slices.
@@ -72,7 +72,7 @@ class Reader:
             prepared.images,
             prepared.geometry,
             labels.astype(np.int32),
-            self.jitter(prompts, rng) if self.jitter else prompts,
+            self.jitter(prompts, rng, part=prepared.geometry.resized_shape) if self.jitter else prompts,
         )
 
 

@@ -126,13 +126,7 @@ def _volume(pixels: np.ndarray) -> Volume:
 
 def _load(path: Path) -> np.ndarray:
     """uint8 or uint16 ``[H, W]``, or uint8 ``[H, W, 3]``."""
-    nifti.require_file(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check permissions and the drive.") from error
-    if not content:
-        raise DataError(f"{path} is empty (0 bytes); copy or download it again.")
+    content = nifti.read_content(path)
     if not content.startswith(_SIGNATURE):
         raise DataError(
             f"{path} is not a PNG file, whatever its name says (another format, or a git-lfs pointer to a file that "

@@ -79,15 +79,14 @@ def prepare_case(
     working = None if label is None else frames.labels_to_working_depth(label.voxels, geometry, classes_of)
 
     clicked = Prompts()
-    visible = np.flatnonzero(np.any([volume.any(axis=(1, 2)) for volume in voxels.values()], axis=0))
     if clicks is not None:
         table = click_tools.case_clicks(clicks, case.case_id)
         slices, clicked = click_tools.from_clicks(table, case.case_id, reference, protocol, geometry)
         if protocol in configs.EVERY_SLICE:
-            kept = np.isin(slices, visible)
+            kept = np.isin(slices, _not_black(voxels))
             slices, clicked = slices[kept], clicked.map(lambda values: values[kept])
-    elif protocol in configs.EVERY_SLICE or working is None:
-        slices = visible
+    elif protocol in configs.EVERY_SLICE:
+        slices = _not_black(voxels)
     else:
         slices = np.flatnonzero(np.any(working, axis=(1, 2)))
     if rng is not None and count is not None and len(slices):
@@ -151,6 +150,11 @@ def _read_channels(
         except ValueError as error:
             raise DataError(f"{path} (case {case.case_id!r}) cannot be normalised: {error}; check the file.") from error
     return voxels, reference
+
+
+def _not_black(voxels: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The slices in which any channel shows something."""
+    return np.flatnonzero(np.any([volume.any(axis=(1, 2)) for volume in voxels.values()], axis=0))
 
 
 def _slice_images(

@@ -71,7 +71,8 @@ def jitter(
         rng: draws the same numbers for the same shapes.
         amount: j as a fraction of the frame's side, from 0 to below 1; MedSAM's is 20 / 1024.
         size: S of the frame.
-        part: (height, width) of the frame that the slice fills; None: all of it.
+        part: (height, width) of the frame that the slice fills; None: all of it, as in training from the cache, which
+            does not keep the slices' shapes.
     """
     height, width = part or (size, size)
     limit = np.array([width, height], np.float32)
@@ -86,7 +87,7 @@ def jitter(
     return prompts._replace(points=points, boxes=boxes)
 
 
-def jitter_of(amount: float, size: int) -> Callable[[Prompts, np.random.Generator], Prompts] | None:
+def jitter_of(amount: float, size: int) -> Callable[..., Prompts] | None:
     """``jitter`` by ``amount`` of a frame of ``size`` pixels; None where the amount is 0."""
     return functools.partial(jitter, amount=amount, size=size) if amount else None
 

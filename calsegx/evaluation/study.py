@@ -6,7 +6,7 @@ prompt-only guesses holds all training labels at once.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ class Study:
     class_map: classes.ClassMap
     protocol: str
     domain_column: str  # scanner or centre; empty when the training used all domains, which then count as one
-    data: configs.DataConfig = field(default_factory=configs.DataConfig)  # slice axis and working grid
+    data: configs.DataConfig  # of the models: slice axis and working grid
 
     def domain(self, case: Case) -> str:
         """The case's domain; empty when the study has one domain only."""

@@ -70,7 +70,7 @@ def training_data(
     backbone: Backbone,
     num_classes: int,
     mesh: Mesh,
-    jitter: Callable[[Prompts, np.random.Generator], Prompts] | None = None,
+    jitter: Callable[..., Prompts] | None = None,
 ) -> online.OnlineData:
     """What is trained on, in which order.
 

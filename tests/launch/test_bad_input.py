@@ -15,7 +15,7 @@ import pytest
 from calsegx import configs
 from calsegx.interfaces import DataError, InputError, UsageError
 from calsegx.training import metrics_log
-from launch import predict, train
+from launch import evaluate, predict, train
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -194,10 +194,19 @@ def test_z_scores_are_refused_not_clipped(config, damaged, tmp_path):
         attempt(config, damaged, tmp_path / "run")
 
 
-def test_predictions_never_go_into_the_dataset(dataset, config, tmp_path):
+def test_nothing_goes_into_the_dataset(dataset, config, tmp_path):
+    before = sorted(dataset.rglob("*"))
     train.train(dataclasses.replace(config, steps=1), tmp_path / "run")
-    with pytest.raises(UsageError, match="lies inside the dataset"):
+    with pytest.raises(UsageError, match="--output=.* lies inside the dataset"):
         predict.predict(tmp_path / "run", dataset / "labelsTs")
+    with pytest.raises(UsageError, match="--workdir=.* lies inside the dataset"):
+        train.train(config, dataset / "run")
+    with pytest.raises(UsageError, match="--workdir=.* lies inside the dataset"):
+        evaluate.evaluate([tmp_path / "run"], dataset / "evaluation")
+    data = dataclasses.replace(config.data, cache=str(dataset / "cache"))
+    with pytest.raises(UsageError, match="--config.data.cache=.* lies inside the dataset"):
+        train.train(dataclasses.replace(config, data=data), tmp_path / "other")
+    assert sorted(dataset.rglob("*")) == before
 
 
 def test_a_log_may_end_in_the_middle_of_a_line_but_not_be_wrong_before(tmp_path):

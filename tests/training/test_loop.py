@@ -85,6 +85,15 @@ def test_model_comes_back(whole):
     assert np.any(params["output"]["kernel"] != toy.backbone().trainable["output"]["kernel"])
 
 
+def train_in_two_parts(config, cache, mesh, folder, monkeypatch, step):
+    """Interrupted at ``step``, then resumed to the end."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, step)
+        with pytest.raises(Interrupted):
+            toy.train(config, cache, folder, mesh)
+    toy.train(config, cache, folder, mesh, resume=True)
+
+
 @pytest.mark.parametrize("step", [5, 8, 11])
 def test_interrupted_and_resumed_equals_uninterrupted(step, whole, cache, mesh, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -106,11 +115,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(step, whole, cache, mesh, 
 def test_jittered_prompts_come_back_when_resumed_and_are_for_training_alone(cache, mesh, tmp_path, monkeypatch):
     config = toy.config(prompt_jitter=0.2)
     toy.train(config, cache, tmp_path / "whole", mesh)
-    with monkeypatch.context() as patch:
-        interrupt(patch, 7)
-        with pytest.raises(Interrupted):
-            toy.train(config, cache, tmp_path / "parts", mesh)
-    toy.train(config, cache, tmp_path / "parts", mesh, resume=True)
+    train_in_two_parts(config, cache, mesh, tmp_path / "parts", monkeypatch, 7)
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
     for jitter in (0.0, 0.2):
         still = toy.config(prompt_jitter=jitter, steps=2)
@@ -271,11 +276,7 @@ def test_crac_multipliers_are_saved_and_resumed(cache, mesh, tmp_path, monkeypat
     toy.train(config, cache, tmp_path / "whole", mesh)
     logged = [line["largest_multiplier"] for line in lines(tmp_path / "whole") if "largest_multiplier" in line]
     assert len(logged) == 6 and logged == sorted(logged) and logged[0] > 1e-6
-    with monkeypatch.context() as patch:
-        interrupt(patch, 7)
-        with pytest.raises(Interrupted):
-            toy.train(config, cache, tmp_path / "parts", mesh)
-    toy.train(config, cache, tmp_path / "parts", mesh, resume=True)
+    train_in_two_parts(config, cache, mesh, tmp_path / "parts", monkeypatch, 7)
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
 
 
@@ -380,11 +381,7 @@ def test_every_k_remembers_the_penalty_over_a_resume(cache, mesh, tmp_path, monk
     config = toy.config(method="sam_fip", steps=12)
     config.fisher.mode, config.fisher.every = "every_k", 6
     toy.train(config, cache, tmp_path / "whole", mesh)
-    with monkeypatch.context() as patch:
-        interrupt(patch, 8)
-        with pytest.raises(Interrupted):
-            toy.train(config, cache, tmp_path / "parts", mesh)
-    toy.train(config, cache, tmp_path / "parts", mesh, resume=True)
+    train_in_two_parts(config, cache, mesh, tmp_path / "parts", monkeypatch, 8)
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
 
 
