@@ -22,8 +22,9 @@ from calsegx import configs, files, locks
 from calsegx import experiment as plans
 from calsegx.data import cases as case_tools
 from calsegx.data import folds, splits
+from calsegx.data.corruptions import manifest
 from calsegx.evaluation import methods, pooled, tables
-from calsegx.interfaces import Dataset, UsageError
+from calsegx.interfaces import DataError, Dataset, UsageError
 from calsegx.training import checkpoints, interruption, model_folder, progress
 from launch import common, components, corrupt, evaluate, grid_search, split, train
 
@@ -99,8 +100,7 @@ def experiment(path: Path, workdir: Path, root: str = "") -> Path:
     for method in plan.methods:
         for weights in plan.candidates(method):
             components.objective(plan.settings(method, weights), len(parts.class_map.names))
-    if workdir.is_relative_to(dataset.root.resolve()):
-        raise UsageError(f"--workdir={workdir} lies in the dataset's folder, which is never written to; name another.")
+    files.check_outside(workdir, dataset.root, "--workdir")
 
     def shift(data: configs.DataConfig, folder: Path) -> None:
         corrupt.corrupt(data, names, levels, folder)
@@ -114,9 +114,7 @@ def experiment(path: Path, workdir: Path, root: str = "") -> Path:
             cells = _trained(plan, setting, workdir, trainer)
             found += _evaluated(plan, setting, cells, workdir)
             if names:
-                found += _evaluated(
-                    plan, setting, cells, workdir, lambda data, to: corrupt.corrupt(data, names, levels, to)
-                )
+                found += _evaluated(plan, setting, cells, workdir, shift)
         found = pooled.joined(found)
         pooled.write_cases(workdir / "cases.csv", found)
         blocks = pooled.overview(found, plan.config.data.domain, plan.protocol in ("kfold", "leave_one_domain_out"))
@@ -302,11 +300,11 @@ def _evaluated(
             )
 
         _once(folder / "asked.json", asked, work, [folder / "cases.csv"], again=True)
-        rows = pooled.read_cases(folder / "cases.csv")
+        rows = tables.read_cases(folder / "cases.csv")
         if seed is not None:  # the guesses were fitted on this seed's subjects
             rows = [dataclasses.replace(r, seed=seed) if r.method in methods.UNTRAINED else r for r in rows]
         images = pooled.CORRUPTED if make_shift else pooled.AS_THEY_ARE
-        source = corrupt.CLEAN if make_shift else setting.source
+        source = manifest.CLEAN if make_shift else setting.source
         found.append(pooled.Part(setting.name, setting.subjects, protocol, images, source, rows))
     return found
 
@@ -318,8 +316,12 @@ def _once(
 
     Raises:
         UsageError: when it was done for something else, unless it may be done ``again``.
+        DataError: when ``record`` is damaged.
     """
-    known = json.loads(record.read_text()) if record.exists() else None
+    try:
+        known = json.loads(record.read_text()) if record.exists() else None
+    except ValueError as error:
+        raise DataError(f"{record} is damaged ({error}); remove it, and what it stands for is made again.") from error
     if known and known["asked"] == asked and known["results"] == _hashes(results):
         return
     if known and known["asked"] != asked and not again:

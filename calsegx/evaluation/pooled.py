@@ -13,10 +13,8 @@ from pathlib import Path
 
 from calsegx import files
 from calsegx.evaluation import evaluate, tables
-from calsegx.interfaces import DataError
 
 AS_THEY_ARE, CORRUPTED = "as they are", "corrupted"
-_NUMBERS = {"seed": int, "value": float, "defined": lambda text: text == "True"}
 
 
 @dataclass(frozen=True)
@@ -29,26 +27,6 @@ class Part:
     images: str  # AS_THEY_ARE or CORRUPTED
     source: str  # the domain that gaps are measured from; empty: none
     rows: Sequence[evaluate.Row]
-
-
-def read_cases(path: Path) -> list[evaluate.Row]:
-    """The rows of an evaluation's ``cases.csv``.
-
-    Raises:
-        DataError: when it is missing or not what ``tables.write_cases`` writes.
-    """
-    header = ["class" if name == "class_name" else name for name in tables.FIELDS]
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            first, *lines = csv.reader(file)
-        if first != header:
-            raise ValueError(f"its columns are {', '.join(first)}")
-        return [
-            evaluate.Row(*(_NUMBERS.get(name, str)(text) for name, text in zip(tables.FIELDS, line, strict=True)))
-            for line in lines
-        ]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); remove its folder and evaluate again.") from error
 
 
 def joined(parts: Iterable[Part]) -> list[Part]:

@@ -15,9 +15,11 @@ from typing import Any
 
 from calsegx import files
 from calsegx.evaluation import compare, evaluate, marks, methods
+from calsegx.interfaces import DataError
 from calsegx.metrics import regions
 
 FIELDS = tuple(field.name for field in dataclasses.fields(evaluate.Row))
+_NUMBERS = {"seed": int, "value": float, "defined": lambda text: text == "True"}  # the others are text
 
 
 @dataclass(frozen=True)
@@ -235,15 +237,23 @@ def write_cases(path: Path, rows: Sequence[evaluate.Row]) -> None:
 
 
 def read_cases(path: Path) -> list[evaluate.Row]:
-    """The rows of a ``cases.csv``."""
-    with path.open(newline="", encoding="utf-8") as stream:
-        lines = list(csv.DictReader(stream))
-    rows = []
-    for line in lines:
-        line["class_name"] = line.pop("class")
-        numbers = {"seed": int(line["seed"]), "value": float(line["value"]), "defined": line["defined"] == "True"}
-        rows.append(evaluate.Row(**{**line, **numbers}))
-    return rows
+    """The rows of a ``cases.csv``.
+
+    Raises:
+        DataError: when it is missing or not what ``write_cases`` writes.
+    """
+    header = ["class" if name == "class_name" else name for name in FIELDS]
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            first, *lines = csv.reader(stream)
+        if first != header:
+            raise ValueError(f"its columns are {', '.join(first)}")
+        return [
+            evaluate.Row(*(_NUMBERS.get(name, str)(text) for name, text in zip(FIELDS, line, strict=True)))
+            for line in lines
+        ]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); remove its folder and evaluate again.") from error
 
 
 def write_summary(

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from calsegx import configs, experiment
-from calsegx.evaluation import methods, pooled
+from calsegx.evaluation import methods, pooled, tables
 from calsegx.interfaces import DataError, UsageError
 from launch import evaluate, grid_search, train, trained_runs
 from launch import experiment as launcher
@@ -248,4 +248,4 @@ def test_names_of_calibrated_methods():
 def test_a_damaged_table_is_refused(tmp_path):
     (tmp_path / "cases.csv").write_text("method,seed\nsam_ft,1\n")
     with pytest.raises(DataError, match="its columns are method, seed"):
-        pooled.read_cases(tmp_path / "cases.csv")
+        tables.read_cases(tmp_path / "cases.csv")
