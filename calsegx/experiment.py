@@ -6,9 +6,10 @@
     seeds: [42, 2024, 3407]
     folds: {protocol: domain}                   # launch.split's, with its options; left out: the dataset's own split
     config: {steps: 2000, data: {channels: "T1c,T2,FLAIR"}}   # any fields of TrainConfig
+    prompts: [gt_points, random_points]         # protocols of prompts, each with runs of its own
     few_shot: [2, 4, 8]                         # training subjects, drawn by each seed
     corruptions: {names: [motion], levels: [1, 3, 5]}         # of launch.corrupt, on the test cases
-    grid: {lambda1: [0.05, 0.1], lambda2: [0.5], margin: [5, 10], rule: {lowest: ECE, region: p>0.01}}
+    grid: {lambda1: [0.05, 0.1], lambda2: [0.5], margin: [5, 10], steps: [50, 100], rule: {lowest: ECE, region: p>0.01}}
 
 Only ``methods`` is required.  A grid is searched on the validation cases of the source alone, with the first seed.
 """
@@ -32,6 +33,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {  # name -> fields of TrainConfig
     **{name: {"method": name} for name in configs.METHODS},
     # MedSAM (Ma et al., 2024): boxes moved by up to 20 of 1024 pixels, Dice + BCE; trained with our Adam, not AdamW.
     "medsam": {"method": "sam_ft", "protocol": "gt_box", "prompt_jitter": 20 / 1024},
+    "early_stopping": {"method": "sam_ft", "export": "best"},
     **{
         name: {"method": "sam_ft", "loss": name}
         for name in ("focal", "dice_plus_plus", "mbls", "nacl", "svls", "label_smoothing", "ecp")
@@ -40,6 +42,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {  # name -> fields of TrainConfig
 ALWAYS = ("prompt_only", "vanilla_sam")  # in every evaluation, nothing is trained for them
 CALIBRATORS = {"ts": "temperature", "lts": "local_temperature", "dirichlet": "dirichlet"}
 BASELINE = "sam_ft"
+GRID = {"lambda1": float, "lambda2": float, "margin": float, "steps": int}  # what may be searched, and its values
+KEYS = ("methods", "seeds", "folds", "config", "prompts", "few_shot", "corruptions", "grid")
 RULE_METRICS, RULE_REGIONS = ("ECE", "Brier", "NLL"), ("p>0.01", "dilated", "all")
 
 
@@ -66,10 +70,11 @@ class Plan:
     protocol: str  # of folds.PROTOCOLS; empty: the dataset's own split
     options: folds.Options
     config: configs.TrainConfig
+    prompts: tuple[str, ...] = ()  # of configs.PROTOCOLS; empty: the one of the config
     few_shot: tuple[int, ...] = ()
     corruptions: tuple[str, ...] = ()
     levels: tuple[str, ...] = ()
-    grid: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # lambda1, lambda2, margin
+    grid: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # lambda1, lambda2, margin, steps
     rule: Rule = Rule()
 
     def settings(self, method: str, weights: Mapping[str, float]) -> configs.TrainConfig:
@@ -81,14 +86,26 @@ class Plan:
             config = dataclasses.replace(config, cmp=dataclasses.replace(config.cmp, weight=weights["lambda2"]))
         if "margin" in weights:
             config = dataclasses.replace(config, loss=f"mbls(margin={weights['margin']:g})")
+        if "steps" in weights:
+            config = dataclasses.replace(config, steps=int(weights["steps"]))
         return config
 
     def candidates(self, method: str) -> list[dict[str, float]]:
         """The grid's values that the method has, in every combination; one empty candidate where there are none."""
-        terms = configs.METHODS[METHODS[method]["method"]]
-        used = {"lambda1": terms.fisher, "lambda2": terms.confidence, "margin": method == "mbls"}
-        names = [name for name in self.grid if used[name]]
+        names = [name for name in self.grid if name in _searched(method)]
         return [dict(zip(names, values, strict=True)) for values in itertools.product(*(self.grid[n] for n in names))]
+
+
+def _searched(method: str) -> list[str]:
+    """What of ``GRID`` a method has."""
+    terms = configs.METHODS[METHODS[method]["method"]]
+    own = {
+        "lambda1": terms.fisher,
+        "lambda2": terms.confidence,
+        "margin": method == "mbls",
+        "steps": method == "early_stopping",
+    }
+    return [name for name, has in own.items() if has]
 
 
 def read(path: Path, root: str = "") -> Plan:
@@ -106,7 +123,7 @@ def read(path: Path, root: str = "") -> Plan:
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"The experiment {path} cannot be read ({reason}); give a YAML or JSON file.") from error
-    top = _mapping(content, str(path), ("methods", "seeds", "folds", "config", "few_shot", "corruptions", "grid"))
+    top = _mapping(content, str(path), KEYS)
     methods, calibrators = _methods(_list(top, "methods", str(path), str), path)
     default = configs.TrainConfig()
     config = configs.from_dict(
@@ -122,6 +139,7 @@ def read(path: Path, root: str = "") -> Plan:
     if not config.data.root:
         raise UsageError(f"{path} names no dataset; set config.data.root there, or give --data.")
     protocol, options = _folds(top.get("folds"), config, path)
+    prompts = _prompts(top, methods, config, path)
     shift = _mapping(top.get("corruptions") or {}, f"{path}: corruptions", ("names", "levels"))
     grid, rule = _grid(top.get("grid"), methods, path)
     seeds = _list(top, "seeds", str(path), int, (config.seed,))
@@ -133,7 +151,7 @@ def read(path: Path, root: str = "") -> Plan:
     levels = _list(shift, "levels", f"{path}: corruptions", int, (1, 2, 3, 4, 5)) if shift else ()
     plan = Plan(
         *(methods, calibrators, seeds, protocol, options, config),
-        *(few_shot, names, tuple(map(str, levels)), grid, rule),
+        *(prompts, few_shot, names, tuple(map(str, levels)), grid, rule),
     )
     for method in methods:
         for weights in plan.candidates(method):
@@ -171,11 +189,27 @@ def _folds(given: Any, config: configs.TrainConfig, path: Path) -> tuple[str, fo
     return protocol, options
 
 
+def _prompts(
+    top: Mapping[str, Any], methods: Iterable[str], config: configs.TrainConfig, path: Path
+) -> tuple[str, ...]:
+    if "prompts" not in top:
+        return ()
+    found = _list(top, "prompts", str(path), str)
+    for name in found:
+        _known(name, configs.PROTOCOLS, f"{path}: prompts")
+    if config.protocol != configs.TrainConfig().protocol:
+        raise UsageError(f"{path}: prompts and config.protocol both say how prompts are placed; leave one out.")
+    for method in methods:
+        if "protocol" in METHODS[method]:
+            raise UsageError(f"{path}: {method} has its own prompts; leave it out, or leave prompts out.")
+    return found
+
+
 def _grid(given: Any, methods: Iterable[str], path: Path) -> tuple[dict[str, tuple[float, ...]], Rule]:
     if given is None:
         return {}, Rule()
     where = f"{path}: grid"
-    values = dict(_mapping(given, where, ("lambda1", "lambda2", "margin", "rule")))
+    values = dict(_mapping(given, where, (*GRID, "rule")))
     if "rule" not in values:
         raise UsageError(f"{where} has no rule; write how to choose, e.g. rule: {{lowest: ECE, region: p>0.01}}.")
     defaults = dataclasses.asdict(Rule())
@@ -186,7 +220,10 @@ def _grid(given: Any, methods: Iterable[str], path: Path) -> tuple[dict[str, tup
         raise UsageError(f"{where}.rule.within_dsc_points={rule.within_dsc_points:g} must be from 0 to 100.")
     if BASELINE not in methods:
         raise UsageError(f"{where}: the rule compares with {BASELINE}; add it to methods.")
-    return {name: _list(values, name, where, float) for name in values}, rule
+    found = {name: _list(values, name, where, GRID[name]) for name in values}
+    for name in set(found) - {name for method in methods for name in _searched(method)}:
+        raise UsageError(f"{where}: {name} belongs to none of the methods; leave it out, or add one that has it.")
+    return found, rule
 
 
 def _mapping(given: Any, where: str, known: Iterable[str]) -> Mapping[str, Any]:

@@ -204,6 +204,7 @@ def _describe(
     penalised = configs.loss_expressions(config, count)[1]
     weights = [trained_runs.penalty_weights(run) for run in runs.configs]
     fisher, confidence = (_listed(weights, term) for term in ("FIP", "CMP"))
+    steps = " or ".join(str(value) for value in sorted({run.steps for run in runs.configs}))
     return {
         "Dataset": runs.record["dataset"],
         **({"Tested on": away.dataset.root.name} if away.dataset.root.name != runs.record["dataset"] else {}),
@@ -213,7 +214,7 @@ def _describe(
         "Prompt protocol": f"{config.protocol}: {PROTOCOL_NOTES[config.protocol]}",
         "Seeds": ", ".join(str(seed) for seed in sorted({m.seed for m in runs.models}))
         + " (order of the slices and choice of their views; every run starts from the same pretrained decoder)",
-        "Training": f"{config.steps} steps of {config.batch_size} slices, "
+        "Training": f"{steps} steps of {config.batch_size} slices, "
         + ("augmented anew in every step" if data.online else f"{data.views} cached views a slice")
         + f", Adam {config.optimizer.learning_rate:g} with cosine decay, clip norm {config.optimizer.clip_norm:g}",
         "Loss": f"{', '.join(tasks)}; FIP weight {fisher} ({config.fisher.mode}, {config.fisher.reading}, "

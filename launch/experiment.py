@@ -41,18 +41,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the cells of one table share: a fold and how many subjects are trained on."""
+    """What the cells of one table share: a fold, how many subjects are trained on, and how prompts are placed."""
 
     name: str  # of the fold; empty: the dataset's own split
     number: int
     source: str  # the domain that is trained on; empty: all
     subjects: int  # 0: all
     file: Path | None  # of folds; None: the dataset's own split
+    prompts: str  # a protocol; empty: that of the method
+
+    @property
+    def evaluation(self) -> str:
+        """Part of the path of its evaluations, which has the protocol anyway."""
+        return f"fold{self.number}" + (f"/subjects{self.subjects}" if self.subjects else "")
 
     @property
     def folder(self) -> str:
-        """Part of the path of its runs and evaluations."""
-        return f"fold{self.number}" + (f"/subjects{self.subjects}" if self.subjects else "")
+        """Part of the path of its runs."""
+        return self.evaluation + (f"/{self.prompts}" if self.prompts else "")
 
 
 class Trainer:
@@ -150,7 +156,7 @@ def make_settings(plan: plans.Plan, dataset: Dataset, workdir: Path) -> list[Set
             splits.write(_few_shot_file(workdir, size, seed), reduced)
         for number, fold in enumerate(made):
             source = column[fold["train"][0]] if plan.protocol == "domain" else data.source
-            found.append(Setting(fold.get("name", ""), number, source, size, file))
+            found += [Setting(fold.get("name", ""), number, source, size, file, p) for p in plan.prompts or ("",)]
     return found
 
 
@@ -192,6 +198,7 @@ def _cell(
     plan: plans.Plan, setting: Setting, workdir: Path, method: str, weights: Mapping[str, float], seed: int
 ) -> Cell:
     config = plan.settings(method, weights)
+    config = dataclasses.replace(config, protocol=setting.prompts or config.protocol)
     every = config.protocol in configs.EVERY_SLICE  # another cache: more slices are encoded
     cache = config.data.cache or str(workdir / ("features_every_slice" if every else "features"))
     file = _few_shot_file(workdir, setting.subjects, seed) if setting.subjects else setting.file
@@ -278,7 +285,7 @@ def _evaluated(
     found = []
     for (protocol, seed), members in groups.items():
         name = protocol + ("" if seed is None else f"_seed{seed}")
-        folder = workdir / ("corrupted_evaluation" if make_shift else "evaluation") / setting.folder / name
+        folder = workdir / ("corrupted_evaluation" if make_shift else "evaluation") / setting.evaluation / name
         shifted = workdir / "corrupted" / f"fold{setting.number}" if make_shift else None
         asked = {
             "runs": [

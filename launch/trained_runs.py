@@ -17,7 +17,7 @@ from calsegx.training import metrics_log, model_folder
 
 # Settings in which compared runs may differ: what they are compared for, and what changes no number.
 MAY_DIFFER = (
-    *("method", "loss", "prompt_jitter", "seed", "fisher.", "cmp.", "crac."),
+    *("method", "loss", "prompt_jitter", "seed", "fisher.", "cmp.", "crac.", "steps", "export"),
     *("log_every", "save_every", "validate_every"),
     *("data.root", "data.splits", "data.cache", "data.workers", "model.weights", "model.encoder_batch", "model.shards"),
     *("microbatch", "tensorboard"),

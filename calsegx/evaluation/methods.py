@@ -10,6 +10,7 @@ _BASE_NAMES = {
     "prompt_only_ellipse": "Prompt-only ellipse",
     "vanilla_sam": "Vanilla SAM",
     "sam_ft": "SAM-FT",
+    "early_stopping": "SAM-FT, stopped early",
     "sam_fip": "SAM-FT + FIP",
     "sam_cmp": "SAM-FT + CMP",
     "calsam": "CalSAM",

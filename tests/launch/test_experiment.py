@@ -70,6 +70,7 @@ def test_a_plan_is_read(plan):
     tried = found.settings("calsam", {"lambda1": 0.3, "lambda2": 0.7})
     assert (tried.method, tried.fisher.weight, tried.cmp.weight) == ("calsam", 0.3, 0.7)
     assert found.settings("mbls", {"margin": 3.0}).loss == "mbls(margin=3)"
+    assert found.settings("early_stopping", {"steps": 7}).steps == 7
 
 
 RULE = {"lowest": "ECE", "region": "p>0.01", "within_dsc_points": 1}
@@ -98,7 +99,14 @@ GRID = {"lambda1": [0.1, 0.3], "lambda2": [0.5, 1], "rule": RULE}
         ({"corruptions": {"name": ["all"]}}, "'name' is not one of names, levels. Did you mean 'names'"),
         ({"grid": {"lambda1": [1]}}, "grid has no rule"),
         ({"grid": GRID, "methods": ["calsam"]}, "compares with sam_ft; add it to methods"),
-        ({"grid": {**GRID, "rule": {"lowest": "DSC"}}}, "'DSC' is not one of ECE, Brier, NLL"),
+        (
+            {"grid": {**GRID, "rule": {"lowest": "DSC"}}, "methods": ["sam_ft", "calsam"]},
+            "'DSC' is not one of ECE, Brier, NLL",
+        ),
+        ({"grid": {"steps": [5], "rule": RULE}}, "steps belongs to none of the methods"),
+        ({"prompts": ["gt_point"]}, "'gt_point' is not one of .* Did you mean 'gt_points'"),
+        ({"prompts": ["gt_points"], "methods": ["medsam"]}, "medsam has its own prompts"),
+        ({"prompts": ["gt_box"], "config": {"protocol": "gt_box", "data": {"root": "x"}}}, "both say how prompts"),
     ],
 )
 def test_what_cannot_be_used_is_refused(plan, keys, sentence):
