@@ -3,16 +3,18 @@
 #   make test    the whole test suite          make lint    ruff, format check, pyright
 #   make bench   the benchmarks                make setup   only the installation
 #   make gallery the pictures of docs/methods.md and docs/corruptions.md
+#   make results the phantoms' experiment, docs/results/phantoms.md and the README's table
 # Another interpreter or environment: make test PYTHON=python3.13 VENV=.venv-3.13; without torch: make test TORCH=0
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 1
 WORKERS ?= 2
+RESULTS ?= runs/results
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test lint bench gallery clean
+.PHONY: setup demo test lint bench gallery results clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -38,6 +40,12 @@ bench: $(VENV)/.tests-$(TORCH)
 
 gallery: setup
 	$(BIN)/python docs/gallery.py
+
+results: setup
+	test -d $(RESULTS)/Dataset001_Phantom || $(BIN)/python -m launch.make_phantoms --root=$(RESULTS)/Dataset001_Phantom
+	start=$$(date +%s); $(BIN)/python -m launch.experiment --config=configs/phantoms.yaml \
+	  --data=$(RESULTS)/Dataset001_Phantom --workdir=$(RESULTS)/phantoms && $(BIN)/python docs/results.py \
+	  $(RESULTS)/phantoms "$$(( ($$(date +%s) - start + 59) / 60 )) minutes of $$(nproc) CPU cores"
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

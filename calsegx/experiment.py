@@ -163,13 +163,15 @@ def _methods(given: Sequence[str], path: Path) -> tuple[tuple[str, ...], tuple[s
     methods, calibrators = [], ["temperature"]
     for text in given:
         name, *suffixes = text.split("+")
-        if name in ALWAYS:
-            raise UsageError(f"{path}: {name} is part of every evaluation; leave it out of methods.")
+        if text in ALWAYS:
+            continue
         _known(name, METHODS, f"{path}: methods")
         methods.append(name)
         for suffix in suffixes:
             _known(suffix, CALIBRATORS, f"{path}: methods, after the + of {text!r}")
             calibrators.append(CALIBRATORS[suffix])
+    if not methods:
+        raise UsageError(f"{path}: methods has nothing to train; add {BASELINE}, for example.")
     return tuple(dict.fromkeys(methods)), tuple(dict.fromkeys(calibrators))
 
 

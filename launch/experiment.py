@@ -296,6 +296,7 @@ def _evaluated(
         }
 
         def work(members=members, folder=folder, shifted=shifted) -> None:
+            print(f"Evaluating {len(members)} runs for {folder}", flush=True)
             if make_shift and shifted:
                 make_shift(members[0].config.data, shifted)
             evaluate.evaluate(

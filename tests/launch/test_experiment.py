@@ -60,7 +60,9 @@ def test_the_shipped_plans_are_whole(path):
 
 def test_a_plan_is_read(plan):
     found = experiment.read(
-        plan(methods=["sam_ft", "calsam+lts", "calsam+dirichlet", "mbls"], grid=GRID | {"margin": [3, 5]})
+        plan(
+            methods=["prompt_only", "sam_ft", "calsam+lts", "calsam+dirichlet", "mbls"], grid=GRID | {"margin": [3, 5]}
+        )
     )
     assert found.methods == ("sam_ft", "calsam", "mbls")
     assert found.calibrators == ("temperature", "local_temperature", "dirichlet")
@@ -83,7 +85,8 @@ GRID = {"lambda1": [0.1, 0.3], "lambda2": [0.5, 1], "rule": RULE}
         ({"method": ["sam_ft"]}, "'method' is not one of methods, seeds, .* Did you mean 'methods'"),
         ({"methods": ["calsan"]}, "'calsan' is not one of .* Did you mean 'calsam'"),
         ({"methods": ["calsam+dirichlett"]}, "'dirichlett' is not one of .* Did you mean 'dirichlet'"),
-        ({"methods": ["vanilla_sam"]}, "vanilla_sam is part of every evaluation"),
+        ({"methods": ["vanilla_sam"]}, "methods has nothing to train"),
+        ({"methods": ["vanilla_sam+ts"]}, "'vanilla_sam' is not one of"),
         ({"methods": []}, "methods must be a list with at least one entry"),
         ({"seeds": [1, 1]}, "seeds repeats an entry"),
         ({"seeds": [-1]}, "seeds must be numbers of at least 0"),
@@ -231,6 +234,32 @@ def test_a_grid_is_searched_on_validation_cases(plan, tmp_path, monkeypatch):
     ]
     with (tmp_path / "out" / "cases.csv").open(newline="") as file:
         assert {row["method"] for row in csv.DictReader(file)} >= {"sam_cmp", "sam_cmp+ts"}
+
+
+@pytest.mark.slow
+def test_grid_folds_sizes_and_prompts_together(plan, tmp_path, monkeypatch):
+    trained, original = [], train.train
+    monkeypatch.setattr(train, "train", lambda *given: [trained.append(given[1]), original(*given)])
+    path = plan(
+        source="",
+        methods=["sam_ft", "early_stopping", "sam_fip"],
+        folds={"protocol": "kfold", "folds": 2},
+        prompts=["gt_points", "random_points"],
+        few_shot=[1, 2],
+        grid={"lambda1": [0.1, 0.3], "steps": [1, 2], "rule": RULE},
+    )
+    table = launcher.experiment(path, tmp_path / "out").read_text()
+    assert len(trained) == len(set(trained)) == 2 * 2 * 2 * (1 + 2 + 2)  # folds, sizes, protocols, candidates
+    steps = {run.name: json.loads((run / "model" / "model.json").read_text())["config"]["steps"] for run in trained}
+    assert (steps["early_stopping_steps=1_seed1"], steps["sam_ft_seed1"]) == (1, 2)
+    assert len(list((tmp_path / "out" / "selection").glob("*.json"))) == 8
+    with (tmp_path / "out" / "cases.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    settings = {(row["fold"], row["training_subjects"], row["protocol"]) for row in rows}
+    assert len(settings) == 8 and {"early_stopping", "sam_fip+ts"} <= {row["method"] for row in rows}
+    assert (
+        "2 training subjects; " in table.replace("prompts random_points, 2", "2") and "SAM-FT, stopped early" in table
+    )
 
 
 def test_the_rule_of_a_grid():
