@@ -25,7 +25,8 @@ PAGE = (ROOT / "docs" / "methods.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 LINKED = set(re.findall(r"\]\(figures/(\w+)\.png\)", PAGE))
 CORRUPTIONS = (ROOT / "docs" / "corruptions.md").read_text()
-SHOWN = LINKED | set(re.findall(r"\]\(figures/(\w+)\.png\)", CORRUPTIONS))
+PROTOCOL = (ROOT / "docs" / "evaluation-protocol.md").read_text()
+SHOWN = LINKED | set(re.findall(r"\]\(figures/(\w+)\.png\)", CORRUPTIONS + PROTOCOL))
 
 
 def section(title):
