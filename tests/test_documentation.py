@@ -132,11 +132,6 @@ def test_the_example_of_a_corruption_runs(monkeypatch):
     np.testing.assert_allclose(changed, names["image"] * 0.2, atol=1e-5)
 
 
-def test_measured_figures_are_the_readmes():
-    figures = set(re.findall(r"\d+\.\d+", section("Which one when")))
-    assert figures and figures <= set(re.findall(r"\d+\.\d+", (ROOT / "README.md").read_text()))
-
-
 def test_links_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
         assert (ROOT / "docs" / target).exists(), target
