@@ -11,6 +11,7 @@ import functools
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +60,24 @@ def step_rows(decoder: str, names: Sequence[str], rounds: int) -> list[measure.R
     """One row per method, the first of which is what ratios are to; no seconds with ``rounds`` 0."""
     with tempfile.TemporaryDirectory() as folder:
         network = scaling.vit_decoder(Path(folder)) if decoder == "vit" else backbone.load_backbone(None, 1)
-    rows, calls = [], {}
-    for name in names:
-        compiled, calls[name] = _step(network, settings(name, BATCH[decoder]))
-        found = cost.of(compiled)
-        counted = {"flops": found.flops, "temporary_bytes": found.temporary}
-        rows.append({"decoder": decoder, "method": name, "batch": BATCH[decoder], "classes": 1, **counted})
-    seconds = measure.interleave(calls, rounds) if rounds else {}
-    for row in rows:
-        times = seconds.get(row["method"])
-        row |= {"seconds": statistics.median(times) if times else None, "rounds": rounds}
-        row |= {"seconds_spread": measure.spread(times) if times else None}
+    with futures.ThreadPoolExecutor(measure.cores()) as pool:  # compiling takes most of the time
+        steps = list(pool.map(lambda name: _step(network, settings(name, BATCH[decoder])), names))
+    seconds = measure.interleave(dict(zip(names, (call for _, call in steps), strict=True)), rounds) if rounds else {}
+    rows: list[measure.Row] = []
+    for name, (found, _) in zip(names, steps, strict=True):
+        row = {"decoder": decoder, "method": name, "batch": BATCH[decoder], "classes": 1, "rounds": rounds}
+        row |= {"flops": found.flops, "temporary_bytes": found.temporary}
+        row |= {"seconds": statistics.median(seconds[name]) if rounds else None}
+        row |= {"seconds_spread": measure.spread(seconds[name]) if rounds else None}
+        rows.append(row)
         for key in ("flops", "temporary_bytes", "seconds"):
-            row[f"{key}_ratio"] = row[key] / rows[0][key] if row[key] is not None else None
+            row[f"{key}_ratio"] = row[key] / rows[0][key] if row[key] else None
         row |= measure.machine()
     return rows
 
 
-def _step(network: Backbone, config: configs.TrainConfig) -> tuple[jax.stages.Compiled, Callable[[], None]]:
-    """The compiled training step of a run, and a call that takes the next one."""
+def _step(network: Backbone, config: configs.TrainConfig) -> tuple[cost.Cost, Callable[[], None]]:
+    """The cost of a run's training step, and a call that takes the next one."""
     mesh, optimizer = sharding.device_mesh(), train_state.make_optimizer(config)
     batch = sharding.shard_batch(mesh, _batch(config, network))
     task, penalised = configs.loss_expressions(config, 1)
@@ -87,7 +87,7 @@ def _step(network: Backbone, config: configs.TrainConfig) -> tuple[jax.stages.Co
     state = train_state.init_state(network.trainable, optimizer, mesh, lagrangian)
     step = step_module.make_train_step(network.decode, network.frozen, objective, config, optimizer, mesh)
     compiled, frozen = step.lower(state, batch).compile(), sharding.replicate(mesh, network.frozen)
-    return compiled, train_step.Steps(lambda state, batch: compiled(state, frozen, batch), state, batch)
+    return cost.of(compiled), train_step.Steps(lambda state, batch: compiled(state, frozen, batch), state, batch)
 
 
 def _batch(config: configs.TrainConfig, network: Backbone) -> Batch:
@@ -115,7 +115,7 @@ def fit_rows(fits: int, step_seconds: float) -> Iterator[measure.Row]:
         calibrator = calibrators.get(name)
         options = {"image": image, "region": np.ones(labels.shape, bool)} if calibrator.spatial else {}
         calls[suffix] = functools.partial(calibrator.fit, logits, labels, **options)
-    for suffix, times in measure.interleave(calls, fits).items():
+    for suffix, times in measure.interleave(calls, fits, warmups=0).items():
         seconds = statistics.median(times)
         found = {"calibrator": f"+{suffix}", "voxels": labels.size, "seconds": seconds, "fits": fits}
         found |= {"seconds_spread": measure.spread(times), "steps": seconds / step_seconds}

@@ -4,7 +4,6 @@ import json
 import pathlib
 import re
 
-import numpy as np
 import pytest
 from absl import flags
 
@@ -29,21 +28,13 @@ def test_the_price_tables_are_those_of_the_json():
     begin, end = method_cost.MARKS
     shown = PAGE.split(begin)[1].split(end)[0].strip("\n")
     assert shown == "\n\n".join(method_cost.texts(ROWS))
-    assert [(d, name) for d in method_cost.BATCH for name in method_cost.methods()] == [*STEPS]
-
-
-def test_the_prices_in_the_table_are_those_of_sams_own_decoder():
-    told = re.findall(r"`(\w+)` (\d\.\d) / (\d\.\d)", TABLE)
-    assert {name for name, *_ in told} == {*method_cost.methods()} - {"sam_ft"}
-    for name, flops, memory in told:
-        row = STEPS["vit", name]
-        found = row["flops_ratio"], row["temporary_bytes_ratio"]
-        np.testing.assert_allclose([float(flops), float(memory)], found, atol=0.06, err_msg=name)
+    counted = dict.fromkeys(decoder for decoder, _ in STEPS)
+    assert "tiny" in counted and [(d, name) for d in counted for name in method_cost.methods()] == [*STEPS]
 
 
 def test_measured_figures_are_the_readmes():
-    told = set(re.findall(r"\d\.\d{3}|\d\d\.\d", TABLE))
-    assert len(told) == 8 and told <= set(re.findall(r"\d+\.\d+", (ROOT / "README.md").read_text()))
+    told = set(re.findall(r"\d\.\d{3}|\d\d\.\d|(?<=: )\d\.\d(?= to)|\d\.\d(?= times)", TABLE))
+    assert len(told) == 11 and told <= set(re.findall(r"\d+\.\d+", (ROOT / "README.md").read_text()))
 
 
 def test_links_exist():
@@ -52,10 +43,9 @@ def test_links_exist():
 
 
 def test_a_step_is_counted_and_timed():
-    rows = method_cost.step_rows("tiny", ("sam_ft", "medsam"), rounds=3)
-    assert [row["flops_ratio"] for row in rows] == pytest.approx([1, 1], abs=0.02)
-    assert rows[0]["flops"] == pytest.approx(STEPS["tiny", "sam_ft"]["flops"], rel=0.02)
-    assert all(row["seconds"] > 0 and row["seconds_ratio"] > 0 for row in rows)
+    (row,) = method_cost.step_rows("tiny", ("medsam",), rounds=3)  # with boxes, where the others have points
+    assert row["flops"] == pytest.approx(STEPS["tiny", "medsam"]["flops"], rel=0.02)
+    assert row["seconds"] > 0 and row["seconds_ratio"] == row["flops_ratio"] == 1
 
 
 def test_calibrators_are_timed_and_shown(monkeypatch):
