@@ -2,7 +2,7 @@
 #   make demo    the main job on phantoms, from nothing to runs/demo/evaluation/report.html
 #   make test    the whole test suite          make lint    ruff, format check, pyright
 #   make bench   the benchmarks                make setup   only the installation
-#   make gallery the pictures of docs/methods.md and docs/corruptions.md
+#   make gallery the pictures of docs/methods.md, docs/corruptions.md and docs/evaluation-protocol.md
 #   make results the phantoms' experiment, docs/results/phantoms.md and the README's table
 # Another interpreter or environment: make test PYTHON=python3.13 VENV=.venv-3.13; without torch: make test TORCH=0
 

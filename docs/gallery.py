@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/methods.md and docs/corruptions.md: ``make gallery``.
+"""Draws the pictures of docs/methods.md, docs/corruptions.md and docs/evaluation-protocol.md: ``make gallery``.
 
 ``python docs/gallery.py [FOLDER]`` draws them into another folder than docs/figures.
 """
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import foreground_ece
 import gallery_corruptions
 import gallery_losses
 import gallery_measures
@@ -18,7 +19,7 @@ from calsegx import files
 
 FOLDER = Path(__file__).parent / "figures"
 # name -> function that gives a matplotlib figure
-PICTURES = gallery_losses.PICTURES | gallery_measures.PICTURES | gallery_corruptions.PICTURES
+PICTURES = gallery_losses.PICTURES | gallery_measures.PICTURES | gallery_corruptions.PICTURES | foreground_ece.PICTURES
 
 
 def draw(folder: Path, pictures: Mapping[str, Callable[[], Figure]]) -> None:
