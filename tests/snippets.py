@@ -1,10 +1,13 @@
 """The fenced blocks of README.md and docs, taken apart into what a reader would run."""
 
+import contextlib
 import importlib
 import re
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from absl import flags
 
@@ -63,18 +66,38 @@ def calls(page):
             yield found[1], re.findall(r"--[\w.]+(?:=(?:\"[^\"]*\"|'[^']*'|\S+))?", found[2].partition("\n")[0])
 
 
-def known_flags(module):
-    """The flags that a module defines, by name; defined and taken back, so that modules do not meet."""
+@contextlib.contextmanager
+def defined(module):
+    """A script of ours with its flags defined, and taken back in the end, so that scripts do not meet."""
     script, values = importlib.import_module(module), flags.FLAGS
     before = set(values)
     try:
-        script.define_flags(*([values] if module.startswith("benchmarks.") else []))
-        return {name: values[name] for name in set(values) - before} | {
-            name: values[name] for name in before & {"distributed"}
-        }
+        if module.startswith("benchmarks."):
+            script.define_flags(values)
+            flags.DEFINE_bool("keep_memory", True, "As benchmarks.measure.main defines it for all of them.")
+        else:
+            script.define_flags()
+        yield script, {name: values[name] for name in set(values) - before}
     finally:
         for name in set(values) - before:
             delattr(values, name)
+
+
+def script(command):
+    """The script of ours that a command starts, and what it is given; ("", []) for another command."""
+    words = shlex.split(command)
+    while words and re.fullmatch(r"\w+=\S*", words[0]):  # a variable of the environment
+        words.pop(0)
+    found = re.fullmatch(r"python -m ((?:launch|weights_conversion)\.\w+)", " ".join(words[:3]))
+    return (found[1], words[3:]) if found else ("", [])
+
+
+def call(module, given):
+    """Run a script of ours in this process, as its command would."""
+    importlib.invalidate_caches()  # a file that the page just wrote may be named
+    with mock.patch.object(sys, "argv", [module, *given]), defined(module) as (script, _):
+        assert len(flags.FLAGS(sys.argv)) == 1, f"{given}: not all are flags"
+        script.main()
 
 
 def wrong_flag(known, flag):

@@ -4,12 +4,11 @@ A name in ``STAND_INS`` that a snippet mentions, and that the page has not made 
 function of the path, or by a command of ours, run in a folder of the whole session.
 """
 
-import os
+import contextlib
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,10 +19,10 @@ import yaml
 from calsegx.data import layouts, phantoms
 from calsegx.models import sam
 from calsegx.models.sam import backbone
+from tests import snippets
 from tests.data.layouts import fake, trees
 from tests.launch.conftest import SMALL
 from tests.launch.test_layouts import fill
-from tests.snippets import ROOT
 from tests.weights_conversion import checkpoints
 
 # Appended to a command, so that a page may show real sizes.
@@ -119,7 +118,7 @@ def my_folders(path):
 
 def plan(path):
     """The shipped plan with two methods, one seed and the sizes of ``QUICK``."""
-    content, weights = yaml.safe_load((ROOT / "configs" / path.name).read_text()), path.parents[1] / SMALL_SAM
+    content, weights = yaml.safe_load((snippets.ROOT / "configs" / path.name).read_text()), path.parents[1] / SMALL_SAM
     if not weights.exists():
         small_sam(weights)
     sizes = {"steps": 2, "batch_size": 4, "validate_every": 2, "save_every": 2}
@@ -192,18 +191,20 @@ class Workspace:
             Workspace(self.kit, self.kit).run(make)
 
     def run(self, command):
-        """Run a command as a reader would, with the sizes of ``TINY``; it must end well."""
-        script = re.search(r"-m (\w+\.\w+)", command)
-        extra = TINY.get(script[1], "") if script else ""
-        if "--config." in extra and not re.search(r"--config\.model\.(weights|backbone)", command):
-            extra += f" --config.model.weights={SMALL_SAM}"
-        command = f"{command} {extra}".strip()
-        made = [] if "--check" in command else re.findall(r"--(?:output|workdir|root)=(\S+)", command)
-        self.prepare(" ".join(part for part in shlex.split(command) if part.partition("=")[2] not in made))
-        cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "JAX_COMPILATION_CACHE_DIR": cache}
-        shell = ["bash", "-euo", "pipefail", "-c", command]
-        done = subprocess.run(shell, cwd=self.folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
+        """Run a command as a reader would, with the sizes of ``TINY``; it must end well.
+
+        A script of ours runs in this process, which has imported and compiled what it needs; all else in a shell.
+        """
+        module, given = snippets.script(command)
+        if module:
+            extra = TINY.get(module, "")
+            if "--config." in extra and not re.search(r"--config\.model\.(weights|backbone)", command):
+                extra += f" --config.model.weights={SMALL_SAM}"
+            given = [*given, *shlex.split(extra)]
+        written = () if "--check" in command else ("--output=", "--workdir=", "--root=")
+        self.prepare(" ".join(text for text in given or [command] if not text.startswith(written or "\0")))
+        with contextlib.chdir(self.folder):
+            if module:
+                snippets.call(module, given)
+            else:
+                subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
