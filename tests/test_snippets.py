@@ -67,6 +67,18 @@ def test_data_can_be_read(page):
         assert (json.loads if snippet.language == "json" else yaml.safe_load)(snippet.text)
 
 
+@pytest.mark.parametrize("page", snippets.PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`]*`", "", (snippets.ROOT / page).read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("http"):
+            path, _, place = target.partition("#")
+            found = (snippets.ROOT / page).parent / path if path else snippets.ROOT / page
+            assert found.exists(), target
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE) if place else []
+            assert place in ["", *(re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings)], target
+
+
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory):
     """Where stand-ins are made, once."""
