@@ -1,4 +1,4 @@
-"""docs/methods.md: its Python runs, its losses parse, it names everything there is, and its pictures are drawn."""
+"""docs/methods.md: its losses parse, it names everything there is, and its pictures are drawn."""
 
 import ast
 import importlib
@@ -22,7 +22,6 @@ from launch import calibrate
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "methods.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 LINKED = set(re.findall(r"\]\(figures/(\w+)\.png\)", PAGE))
 CORRUPTIONS = (ROOT / "docs" / "corruptions.md").read_text()
 PROTOCOL = (ROOT / "docs" / "evaluation-protocol.md").read_text()
@@ -44,15 +43,6 @@ def documented(text):
     """The options that a text gives as `name=value`, with their values."""
     found = re.findall(r"`(\w+)=([^`]+)`", text)
     return {name: math.log(2) if value == "math.log(2)" else ast.literal_eval(value) for name, value in found}
-
-
-def test_the_examples_run():
-    names = {}
-    for block in BLOCKS:
-        exec(compile(block, "docs/methods.md", "exec"), names)
-    assert np.isfinite(names["values"]).all() and np.isfinite(names["total"])
-    assert np.isfinite(list(names["summary"].values())).all()
-    assert names["params"]["identifiable"] and names["platt"]["identifiable"]
 
 
 @pytest.mark.parametrize("name", losses.names())
@@ -121,20 +111,6 @@ def test_every_corruption_is_described_with_its_levels(name):
         key: [float(value) for value in values.split(", ")] for key, values in re.findall(r"`(\w+)` ([\d., ]+)", row)
     }
     assert told == corruptions.parameters(name)
-
-
-def test_the_example_of_a_corruption_runs(monkeypatch):
-    monkeypatch.setattr(corruptions.registry, "_entries", dict(corruptions.registry._entries))
-    (block,) = re.findall(r"```python\n(.*?)```", CORRUPTIONS, re.DOTALL)
-    names = {}
-    exec(compile(block, "docs/corruptions.md", "exec"), names)
-    changed = corruptions.corrupt("darker", names["image"], (3.0, 1.0, 1.0), 5, "case1")
-    np.testing.assert_allclose(changed, names["image"] * 0.2, atol=1e-5)
-
-
-def test_links_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
-        assert (ROOT / "docs" / target).exists(), target
 
 
 @pytest.mark.slow
