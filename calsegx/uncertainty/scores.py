@@ -1,6 +1,7 @@
 """From an uncertainty map to one number per image, and how well that predicts the error (Nguyen et al., 2023)."""
 
 import numpy as np
+import scipy.special
 
 from calsegx.interfaces import Array, InputError
 
@@ -55,6 +56,24 @@ def uncertain_area(image: Array, *, bins: int = 256) -> float:
         InputError: as ``otsu_threshold``.
     """
     return float(np.mean(np.asarray(image, np.float64) > otsu_threshold(image, bins=bins)))
+
+
+def predictive_entropy(foreground: Array) -> np.ndarray:
+    """``H = -(sum_k p_k log p_k) / log(K + 1)`` over background and classes: 0 where certain, 1 where all are equal.
+
+    The entropy of one deterministic prediction, as ``sampling.statistics`` has that of a mean, divided by its largest
+    value so that models of different K share a scale.
+
+    Args:
+        foreground: ``[*spatial, K]`` probabilities of the classes; the background's is one minus their sum.
+
+    Returns:
+        float32 ``[*spatial]`` in ``[0, 1]``.
+    """
+    foreground = np.asarray(foreground, np.float32)
+    background = np.clip(1 - foreground.sum(axis=-1), 0, 1)
+    nats = scipy.special.entr(background) + scipy.special.entr(foreground).sum(axis=-1)
+    return np.clip(nats / np.log(foreground.shape[-1] + 1, dtype=np.float32), 0, 1)
 
 
 def quality_error(predicted: Array, actual: Array) -> float:
