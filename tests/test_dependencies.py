@@ -29,7 +29,7 @@ ALLOWED = {
     "data": {"features"},  # the pipeline reads the cache
     "training": {"losses", "sharding", "features", "locks", "data"},
     "bundle": {"data", "calibrators", "training"},
-    "evaluation": {"metrics", "calibrators", "features", "data"},
+    "evaluation": {"metrics", "calibrators", "features", "data", "uncertainty"},
 }
 # Third-party packages that only some files may touch; a path prefix, relative to the project.
 CONFINED = {

@@ -110,6 +110,14 @@ def check_places(
         from_clicks(case_clicks(clicks, case.case_id), case.case_id, reference, protocol)
 
 
+def asked(protocol: str) -> str:
+    """What a user is to give a model of ``protocol``, in words."""
+    if protocol == "gt_box":
+        return "a box (corners of the labels 2 and 3) on every slice to segment"
+    where = "the target" if protocol == "volume_points" else "the target in every slice to segment"
+    return f"clicks (label 1 on {where}, 0 beside it)"
+
+
 def case_clicks(clicks: Mapping[str, Clicks], case_id: str) -> Clicks:
     """The clicks of one case.
 

@@ -6,6 +6,7 @@ per channel, numbered from 0 in the order of the model's channels as nnU-Net doe
 colours of a PNG picture.  Masks are no cases: see ``is_result``.
 """
 
+import contextlib
 import re
 import sys
 from collections.abc import Sequence
@@ -58,7 +59,8 @@ def of_files(paths: Sequence[Path], channels: Sequence[str], root: Path) -> Data
 
     Raises:
         DataError: for a file that is missing or no image, one case twice, a channel that is missing or too many, and
-            files of one case with different numbers of voxels.
+            files of one case with different numbers of voxels.  Files without a readable header are passed over: they
+            are refused by name when they are read.
     """
     cases: dict[str, dict[int | None, Path]] = {}
     for path in paths:
@@ -108,22 +110,32 @@ def _case(case_id: str, files: dict[int | None, Path], channels: Sequence[str]) 
         if number is not None and number >= len(channels):
             raise DataError(f"{path} is a channel that the model does not have; number its channels as {order}.")
     by_channel = {name: files[number] for number, name in enumerate(channels)}
-    shapes = {path: images.read_grid(path)[0] for path in by_channel.values()}
-    first, *others = shapes
-    for path in others:
-        if shapes[path] != shapes[first]:
+    shapes = {}
+    for path in by_channel.values():
+        with contextlib.suppress(DataError):  # it is refused by name when the case is read, and stops no other
+            shapes[path] = images.read_grid(path)[0]
+    for path, shape in shapes.items():
+        first = next(iter(shapes))
+        if shape != shapes[first]:
             raise DataError(
-                f"{first} and {path} have different shapes (slices, rows, columns): {shapes[first]} and "
-                f"{shapes[path]}; resample one to the other's grid."
+                f"{first} and {path} have different shapes (slices, rows, columns): {shapes[first]} and {shape}; "
+                "resample one to the other's grid."
             )
     return Case(case_id, case_id, by_channel, None, split="test")
 
 
 def _in_one_file(case_id: str, path: Path, channels: Sequence[str]) -> Case:
     """The channels are the file's volumes, or a picture's colours."""
-    count = images.count_volumes(path)
+    picture = path.suffix.lower() == pictures.ENDING
+    try:
+        count = images.count_volumes(path)
+    except DataError:
+        count = len(channels)  # it is refused by name when the case is read, and stops no other
+    if picture and count > 1 and set(channels) <= set(pictures.COLOURS):
+        volumes = {name: pictures.COLOURS.index(name) for name in channels}
+        return Case(case_id, case_id, dict.fromkeys(channels, path), None, split="test", volumes=volumes)
     if count != len(channels):
-        kind = "colour(s)" if path.suffix.lower() == pictures.ENDING else "volume(s)"
+        kind = "colour(s)" if picture else "volume(s)"
         numbered = f"{case_id}_0000, {case_id}_0001, ..." if len(channels) > 1 else f"one file such as {case_id}_0000"
         raise DataError(
             f"{path} holds {count} {kind}, but the model has {len(channels)} channel(s) ({', '.join(channels)}); give "
