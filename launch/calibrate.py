@@ -6,11 +6,13 @@ python -m launch.calibrate --run=runs/x/calsam_seed42 --calibrator="dirichlet(od
 image_temperature) with its options in brackets, or ``package.module:object``.  It is fitted on the source domain's
 validation cases alone: on the voxels of ``--region`` in their prompted slices, on the native grid.  The table shows
 them and the test cases (with ``--data`` all labelled cases of another dataset) before and after.  ``launch.predict``
-uses the saved ``model/calibrator.json`` from then on.
+uses the saved ``model/calibrator.json`` from then on.  A calibrator that costs the validation cases more than one point
+of DSC is saved with a warning.
 """
 
 import inspect
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +27,14 @@ from calsegx.evaluation import predict as case_prediction
 from calsegx.evaluation import study, verdict
 from calsegx.interfaces import Case, DataError, UsageError
 from calsegx.losses import expression
-from calsegx.metrics import regions
+from calsegx.metrics import overlap, regions
 from calsegx.training import model_folder, progress
 from launch import common, components, trained_runs
 
 BEFORE, AFTER = "before", "after"
 SHOWN = (case_metrics.ECE, case_metrics.BRIER, case_metrics.NLL)
+VALIDATION, TEST = "validation", "test"
+MOST_DSC_LOST = 0.01  # by the validation cases; more is said
 
 
 class Calibrated(NamedTuple):
@@ -79,18 +83,44 @@ def calibrate(run: Path, calibrator: str = "temperature", region: str = "all", r
         work, model, val, name, options, region, lambda case: study.calibrator_image(home.prepare(case))
     )
     path = path_of(run)
-    storage.save(path, name, fitted)
     rows, relabelled, done = [], {}, 0
     names = tuple(dict.fromkeys((*case_metrics.REGIONS, region)))
     with progress.Progress("Comparing", len(val) + len(shown), "cases") as bar:
-        for split, parts, at, members in (("validation", home, work, val), ("test", away, elsewhere, shown)):
+        for split, parts, at, members in ((VALIDATION, home, work, val), (TEST, away, elsewhere, shown)):
             for case in members:
                 where = f"{split}, {at.domain_column} {at.domain(case)}"
                 found, changed = _compare(parts, at, model, case, (name, fitted), where, names)
                 rows += found
                 relabelled[where] = relabelled.get(where, 0) + changed
                 bar.update(done := done + 1, case.case_id)
+    fitted["provenance"]["validation_dsc"] = {method: _validation_dsc(rows, method) for method in (BEFORE, AFTER)}
+    storage.save(path, name, fitted)
     return Calibrated(name, fitted, path, rows, relabelled)
+
+
+def _validation_dsc(rows: Sequence[case_metrics.Row], method: str) -> float | None:
+    """Mean over the validation cases and 0 to 1; None where no case has a value."""
+    values = tuple(
+        row.value
+        for row in rows
+        if row.domain.startswith(VALIDATION)
+        and (row.method, row.metric, row.class_name) == (method, case_metrics.DSC, case_metrics.ALL)
+    )
+    mean = overlap.CaseScores(values).finalise().mean
+    return None if math.isnan(mean) else mean
+
+
+def segmentation_warning(name: str, params: Mapping[str, Any]) -> str | None:
+    """One sentence where a saved calibrator cost the validation cases more than ``MOST_DSC_LOST``; else None."""
+    dsc = params["provenance"].get("validation_dsc", {})  # not in files of earlier versions
+    before, after = dsc.get(BEFORE), dsc.get(AFTER)
+    if before is None or after is None or before - after <= MOST_DSC_LOST:
+        return None
+    return (
+        f"the calibrator {name} changes labels: mean DSC of the validation cases {100 * before:.1f} -> "
+        f"{100 * after:.1f} points; fit --calibrator=temperature, which changes none, or another --region, or leave it "
+        "out of predictions with --nocalibrate"
+    )
 
 
 def read_calibrator(text: str) -> tuple[str, dict[str, Any]]:
@@ -232,6 +262,8 @@ def main() -> None:
     done = calibrate(Path(arguments.run), arguments.calibrator, arguments.region, arguments.data)
     print(summary(done))
     print(table(done))
+    if (warning := segmentation_warning(done.name, done.params)) is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"The calibrator is {done.path}")
 
 

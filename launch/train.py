@@ -14,15 +14,17 @@ several devices and processes.
 import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
 
-from calsegx import configs, files, locks, sharding
-from calsegx.interfaces import InputError
-from calsegx.training import checkpoints, interruption, loop
+from calsegx import configs, features, files, locks, sharding
+from calsegx.data import training_domain
+from calsegx.interfaces import Case, InputError
+from calsegx.training import checkpoints, interruption, loop, progress
 from launch import common, components
 
 
@@ -56,6 +58,7 @@ def train(
         components.fill_cache(parts, cache, cached, stop)
         from_cache = [case.case_id for case in (*train_cases, *val_cases) if case.case_id not in fingerprints]
         fingerprints |= {case_id: cache.fingerprint(case_id, "view0") for case_id in from_cache}
+        domain = training_domain.describe(looks(parts, None if online else cache, train_cases, stop)) if first else None
         if first and not resume:  # a resumed run may be refused for other settings, and keeps the file it has
             files.write_atomically(workdir / "config.json", json.dumps(configs.to_dict(config), indent=2) + "\n")
         summary = loop.train(
@@ -68,7 +71,10 @@ def train(
             objective=objective,
             mesh=mesh,
             resume=resume,
-            metadata=components.metadata(parts, fingerprints.__getitem__, {"train": train_cases, "val": val_cases}),
+            metadata={
+                **components.metadata(parts, fingerprints.__getitem__, {"train": train_cases, "val": val_cases}),
+                "training_domain": domain,
+            },
             stop=stop,
             allow_config_change=allow_config_change,
             online=online,
@@ -76,6 +82,23 @@ def train(
         if first and resume and allow_config_change:
             files.write_atomically(workdir / "config.json", json.dumps(configs.to_dict(config), indent=2) + "\n")
     return summary
+
+
+def looks(
+    parts: components.Components, cache: features.FeatureCache | None, cases: Sequence[Case], stop: interruption.Stop
+) -> Iterator[training_domain.Look]:
+    """What some of the training cases look like; without a cache nobody knows how the encoder sees them."""
+    chosen = training_domain.chosen(cases)
+    with progress.Progress("Looking at training cases", len(chosen), "cases") as bar:
+        for done, case in enumerate(chosen, start=1):
+            stop.check("no step was trained by this call.")
+            prepared = parts.prepare(case)
+            slices = None
+            if cache is not None:
+                encoded = cache.read_case(case.case_id, "view0").features
+                slices = training_domain.slice_vectors(encoded, prepared.geometry)
+            yield training_domain.Look(prepared.intensities, slices)
+            bar.update(done, case.case_id)
 
 
 def with_absolute_paths(config: configs.TrainConfig) -> configs.TrainConfig:

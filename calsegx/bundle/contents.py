@@ -15,7 +15,7 @@ INCLUDED, REFERENCE = "include", "reference"  # what becomes of the encoder
 
 _RECORD = (
     *("format", "calsegx", "decoder_sha256", "backbone", "class_names", "class_ids", "known_ids", "channels"),
-    *("dataset", "device_kind", "exported_step"),
+    *("dataset", "device_kind", "exported_step", "training_domain"),
 )
 _FRAMES = (
     *("intensity", "lower_percentile", "upper_percentile", "window_centre", "window_width"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calsegx import configs
-from calsegx.data import augment, classes, frames, intensity, nifti, protocols
+from calsegx.data import augment, classes, frames, intensity, nifti, protocols, training_domain
 from calsegx.data import clicks as click_tools
 from calsegx.data import images as image_files
 from calsegx.interfaces import Case, DataError, Prompts, Volume
@@ -27,6 +27,8 @@ class PreparedCase:
     geometry: frames.FrameGeometry
     reference: Volume  # the first channel's grid; its voxels are zeros of the right shape
     label_volume: np.ndarray | None  # uint8 [D, H, W] class indices of the file, never augmented
+    # channel -> training_domain.percentiles of the raw image; of an augmented view empty
+    intensities: Mapping[str, tuple[float, ...] | None]
 
 
 def prepare_case(
@@ -68,7 +70,7 @@ def prepare_case(
     label = None
     if clicks is None and (case.label is not None or protocol != "none"):
         label = read_label_volume(case, class_map, config.slice_axis)  # before the larger images
-    voxels, reference = _read_channels(case, channels, config)
+    voxels, intensities, reference = _read_channels(case, channels, config, look=rng is None)
     if label is not None and case.label is not None:
         nifti.same_grid(reference, case.images[channels[0]], label, case.label)
     geometry = frames.frame_geometry(
@@ -114,6 +116,7 @@ def prepare_case(
         geometry,
         reference,
         None if label is None else label.voxels,
+        intensities,
     )
 
 
@@ -130,9 +133,9 @@ def read_label_volume(case: Case, class_map: classes.ClassMap, slice_axis: str =
 
 
 def _read_channels(
-    case: Case, channels: Sequence[str], config: configs.DataConfig
-) -> tuple[dict[str, np.ndarray], Volume]:
-    """Normalised voxels ``[D, H, W]`` by channel, and the first channel's grid."""
+    case: Case, channels: Sequence[str], config: configs.DataConfig, look: bool
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, ...] | None], Volume]:
+    """By channel normalised voxels ``[D, H, W]`` and, to ``look``, raw percentiles; and the first channel's grid."""
 
     def read(name: str) -> Volume:
         return image_files.read(case.images[name], case.volumes.get(name), config.slice_axis)
@@ -141,6 +144,7 @@ def _read_channels(
     # Whoever holds the case needs the grid alone; a broadcast zero takes no memory.
     reference = dataclasses.replace(first, voxels=np.broadcast_to(np.float32(0), first.voxels.shape))
     voxels: dict[str, np.ndarray] = {}
+    intensities: dict[str, tuple[float, ...] | None] = {}
     for name in dict.fromkeys(channels):
         path = case.images[name]
         volume = first if name == channels[0] else read(name)
@@ -149,7 +153,9 @@ def _read_channels(
             voxels[name] = intensity.normalise(volume.voxels, config)
         except ValueError as error:
             raise DataError(f"{path} (case {case.case_id!r}) cannot be normalised: {error}; check the file.") from error
-    return voxels, reference
+        if look:
+            intensities[name] = training_domain.percentiles(volume.voxels)
+    return voxels, intensities, reference
 
 
 def _not_black(voxels: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import nibabel
@@ -15,6 +16,23 @@ from calsegx.training import model_folder
 from launch import calibrate, components, predict, train
 
 OPTIONS = {name: "(epochs=5, learning_rate=0.01)" for name in ("local_temperature", "image_temperature")}
+
+
+class Eraser:
+    """A calibrator that leaves no foreground."""
+
+    spatial = False
+
+    @staticmethod
+    def fit(chunks, labels=None, *, provenance=None):
+        seen = sum(len(logits) for logits, _ in chunks)
+        if not seen:
+            raise DataError("no voxels")
+        return {"provenance": provenance, "identifiable": True, "voxels": seen, "voxels_seen": seen}
+
+    @staticmethod
+    def apply(params, logits, image=None):
+        return -np.abs(logits)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +104,23 @@ def test_a_calibrator_of_another_model_is_refused(run, tmp_path):
     with pytest.raises(DataError, match=r"calibrator.json was fitted on another decoder .* --nocalibrate"):
         predict.predict(tmp_path, tmp_path / "out")
     assert len(predict.predict(tmp_path, tmp_path / "out", limit=1, calibrated=False)) == 1
+
+
+def test_one_that_costs_the_segmentation_is_saved_with_a_warning(run):
+    done = calibrate.calibrate(run, f"{__name__}:Eraser", "dilated")
+    assert list(done.relabelled) == ["validation, scanner A", "test, scanner A", "test, scanner B"]
+    name, params = storage.load(done.path)
+    dsc = params["provenance"]["validation_dsc"]
+    found = [r.value for r in done.rows if (r.domain, r.metric, r.method) == ("validation, scanner A", "DSC", "before")]
+    assert dsc["before"] == pytest.approx(np.mean(found)) and dsc["before"] > 0.01 and dsc["after"] == 0
+    said = f"mean DSC of the validation cases {100 * dsc['before']:.1f} -> 0.0 points; .* --nocalibrate"
+    assert re.search(said, calibrate.segmentation_warning(name, params))
+
+    harmless = calibrate.calibrate(run, "temperature", "dilated").params
+    assert harmless["provenance"]["validation_dsc"] == {"before": dsc["before"], "after": dsc["before"]}
+    assert calibrate.segmentation_warning("temperature", harmless) is None
+    del harmless["provenance"]["validation_dsc"]  # a file of an earlier version
+    assert calibrate.segmentation_warning("temperature", harmless) is None
 
 
 def test_it_is_shown_on_another_dataset(run, dataset, tmp_path):
