@@ -83,7 +83,8 @@ def predict(
     prediction_files.claim(output, model, parts.class_map, bids)
     print(f"note: probabilities are {_described(calibrator, calibrated)}", file=sys.stderr)
 
-    batch = prediction.Batch(parts, params, calibrator, clicks, model, output, planned)
+    domain = record.get("training_domain")
+    batch = prediction.Batch(parts, params, calibrator, clicks, domain, model, output, planned)
     masks = prediction.done_before(batch, cases)
     if masks:
         print(f"{len(masks)} of {len(cases)} cases were done before, from the same files, prompts and model")

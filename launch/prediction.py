@@ -14,8 +14,8 @@ from calsegx import calibrators
 from calsegx.data import cases as case_tools
 from calsegx.data import clicks as click_tools
 from calsegx.data import pipeline, preprocessing
+from calsegx.evaluation import case_report, prediction_files, study
 from calsegx.evaluation import predict as case_prediction
-from calsegx.evaluation import prediction_files, study
 from calsegx.interfaces import Case, InputError, Params
 from calsegx.training import caching, encode_stream, progress
 from launch import components
@@ -29,6 +29,7 @@ class Batch:
     params: Params
     calibrator: tuple[str, Mapping[str, Any]] | None
     clicks: Mapping[str, click_tools.Clicks] | None  # None: prompts are placed on the labels, or there are none
+    training_domain: Mapping[str, Any] | None  # of the model's record; None: of an earlier version
     model: Mapping[str, Any]  # what tells it from others
     output: Path
     planned: Mapping[str, prediction_files.CaseFiles]
@@ -84,9 +85,9 @@ def predict_cases(batch: Batch, cases: Sequence[Case]) -> tuple[dict[str, Path],
         for prepared, features in encode(usable()):
             case_id = prepared.case.case_id
             probabilities = _probabilities(parts, weights, prepared, features, decode, batch.calibrator)
-            if batch.clicks and (left := _between(prepared)):
-                bar.say(f"note: {case_id}: slices between clicked ones without a click: {left}, background")
-            record = _record(batch, prepared) | {"made_from": sources.pop(case_id)}
+            record = _record(batch, prepared, probabilities, features) | {"made_from": sources.pop(case_id)}
+            for warning in record["report"]["warnings"]:
+                bar.say(f"warning: {case_id}: {warning['message']}")
             masks[case_id] = prediction_files.write(
                 batch.output, batch.planned[case_id], probabilities, prepared.reference, parts.class_map, record
             )
@@ -120,20 +121,18 @@ def _probabilities(
     return case_prediction.to_native(native, prepared.slices, prepared.geometry)
 
 
-def _record(batch: Batch, prepared: preprocessing.PreparedCase) -> dict[str, Any]:
+def _record(
+    batch: Batch, prepared: preprocessing.PreparedCase, probabilities: np.ndarray, features: np.ndarray
+) -> dict[str, Any]:
     """What a case's JSON says beside its files."""
-    total, prompted = prepared.geometry.depths[1], len(prepared.slices)
+    protocol = batch.parts.config.protocol
+    source = "of a file" if batch.clicks else "none" if protocol == "none" else "on reference labels"
     return {
         "case_id": prepared.case.case_id,
-        "protocol": batch.parts.config.protocol,
-        "prompts": "from a file" if batch.clicks else "none" if batch.parts.config.protocol == "none" else "on labels",
-        "slices": {"of_working_grid": total, "prompted": prompted, "not_prompted": total - prompted},
+        "prompts": {"protocol": protocol, "source": source},
         "calibrator": batch.calibrator[0] if batch.calibrator else None,
         "uncertainty": prediction_files.UNCERTAINTY,
+        "report": case_report.case_report(
+            probabilities, batch.parts.class_map.names, prepared, protocol, features, batch.training_domain
+        ),
     }
-
-
-def _between(prepared: preprocessing.PreparedCase) -> int:
-    """How many slices of the working grid lie between prompted ones without a prompt."""
-    slices = prepared.slices
-    return int(slices[-1] - slices[0] + 1 - len(slices)) if len(slices) else 0

@@ -97,7 +97,12 @@ def test_a_folder_of_files(run, scans, clicks, tmp_path, capsys):
         np.testing.assert_array_equal(entropy, scores.predictive_entropy(values[..., None]))
         assert not entropy[..., 0].any()  # no prompt, so background by protocol
         record = json.loads((tmp_path / "out" / f"{case_id}.json").read_text())
-        assert record["slices"] == {"of_working_grid": depth, "prompted": depth - 1, "not_prompted": 1}
+        report = record["report"]
+        assert (report["slices"]["total"], report["slices"]["prompted"]) == (depth, depth - 1)
+        assert report["training_domain"]["unknown"]  # the model was never trained
+        volume_ml = np.count_nonzero(mask.dataobj) * abs(np.linalg.det(AFFINE)) / 1000
+        assert report["classes"]["whole_tumour"]["volume_ml"] == pytest.approx(volume_ml)
+        assert record["prompts"] == {"protocol": "gt_points", "source": "of a file"}
         assert record["uncertainty"] == prediction_files.UNCERTAINTY
     said = capsys.readouterr().out
     assert "Predicted 3 cases, 9 slices, in " in said and "slices/s" in said and "s per case" in said
@@ -199,7 +204,7 @@ def test_what_a_model_is_to_be_given(run, config, scans, tmp_path):
     (tmp_path / "boxes.json").write_text(json.dumps(table))
     masks = predict.predict(boxes, tmp_path / "out", str(scans), tmp_path / "boxes.json")
     record = json.loads(masks[0].with_name("p1.json").read_text())
-    assert record["protocol"] == "gt_box" and record["slices"]["prompted"] == 1
+    assert record["prompts"]["protocol"] == "gt_box" and record["report"]["slices"]["prompted"] == 1
 
 
 @pytest.mark.slow
@@ -208,7 +213,7 @@ def test_every_protocol_predicts_new_files(config, scans, clicks, tmp_path, prot
     model = save_model(config, tmp_path / "model", protocol=protocol)
     masks = predict.predict(model, tmp_path / "out", str(scans), None if protocol == "none" else clicks)
     record = json.loads(masks[1].with_name("p2.json").read_text())
-    assert record["slices"]["prompted"] == (5 if protocol in configs.EVERY_SLICE else 4)
+    assert record["report"]["slices"]["prompted"] == (5 if protocol in configs.EVERY_SLICE else 4)
 
 
 def test_failures_are_listed_and_stop_no_other(run, scans, clicks, tmp_path, capsys):
