@@ -100,7 +100,7 @@ def predict(
 
 
 def _dataset(channels: Sequence[str], root: str, listed: Sequence[Path]) -> Dataset | None:
-    """What is predicted; None: the dataset that the model was trained on."""
+    """Files that are in no dataset; None: a dataset, ``root`` or the one that the model was trained on."""
     names = tuple(dict.fromkeys(channels))
     if listed and root:
         raise UsageError("Give a folder with --data, or files with --images, one of the two.")

@@ -52,7 +52,13 @@ def done_before(batch: Batch, cases: Sequence[Case]) -> dict[str, Path]:
     masks = {}
     for case in cases:
         planned = batch.planned[case.case_id]
-        if planned.record.is_file() and (mask := prediction_files.whole(batch.output, planned, batch.made_from(case))):
+        if not planned.record.is_file():
+            continue
+        try:
+            wanted = batch.made_from(case)
+        except InputError:  # a file that cannot be read: said when the case is prepared
+            continue
+        if mask := prediction_files.whole(batch.output, planned, wanted):
             masks[case.case_id] = mask
     return masks
 
@@ -69,11 +75,15 @@ def predict_cases(batch: Batch, cases: Sequence[Case]) -> tuple[dict[str, Path],
     sources: dict[str, dict[str, Any]] = {}
     slices = 0
 
+    def fail(case_id: str, error: InputError) -> None:
+        failed[case_id] = error
+        bar.say(f"failed: {case_id}: {error}")
+        bar.update(len(masks) + len(failed), case_id)
+
     def usable() -> Iterator[preprocessing.PreparedCase]:
         for case, found in caching.ahead(reader, batch.prepare, cases):
             if isinstance(found, InputError):
-                failed[case.case_id] = found
-                bar.say(f"failed: {case.case_id}: {found}")
+                fail(case.case_id, found)
             else:
                 prepared, sources[case.case_id] = found
                 yield prepared
@@ -84,7 +94,11 @@ def predict_cases(batch: Batch, cases: Sequence[Case]) -> tuple[dict[str, Path],
     ):
         for prepared, features in encode(usable()):
             case_id = prepared.case.case_id
-            probabilities = _probabilities(parts, weights, prepared, features, decode, batch.calibrator)
+            try:
+                probabilities = _probabilities(parts, weights, prepared, features, decode, batch.calibrator)
+            except InputError as error:
+                fail(case_id, error)
+                continue
             record = _record(batch, prepared, probabilities, features) | {"made_from": sources.pop(case_id)}
             for warning in record["report"]["warnings"]:
                 bar.say(f"warning: {case_id}: {warning['message']}")

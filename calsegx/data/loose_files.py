@@ -12,16 +12,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from calsegx.data import cases as case_tools
 from calsegx.data import images, layouts, pictures
 from calsegx.interfaces import Case, DataError, Dataset
 
 # Below 100: ``scan_2019`` is a name.
 _NUMBERED = re.compile(r"(.+)_(00\d\d)")
-_RESULT = re.compile(r"_prob-|[_-](uncertainty|seg|mask|label|labels|lesion_mask|dseg|probseg)$", re.IGNORECASE)
+_RESULT = re.compile(r"_prob-|[_-](uncertainty|seg|mask|label|labels|dseg|probseg)$", re.IGNORECASE)
 
 
-def of_folder(root: Path, channels: Sequence[str]) -> Dataset:
-    """The dataset in ``root``, of the first layout that fits; else its image files as unlabelled cases.
+def of_folder(root: Path, channels: Sequence[str]) -> Dataset | None:
+    """The image files in ``root`` as unlabelled cases; None when it is a dataset of some layout, which goes first.
 
     Subfolders and hidden files are not looked at.  What ``is_result`` by its name is left out, which is said on stderr.
 
@@ -32,9 +33,8 @@ def of_folder(root: Path, channels: Sequence[str]) -> Dataset:
     Raises:
         DataError: for a folder without images, and as ``of_files``.
     """
-    found = layouts.first_match(root)
-    if found is not None:
-        return found[1]
+    if layouts.first_match(root) is not None:
+        return None
     every = [path for path in sorted(root.iterdir()) if _ending(path) and not path.name.startswith(".")]
     left_out = [path for path in every if is_result(path)]
     chosen = [path for path in every if not is_result(path)]
@@ -77,7 +77,9 @@ def of_files(paths: Sequence[Path], channels: Sequence[str], root: Path) -> Data
             raise DataError(f"{other} and {path} are both of the case {case_id!r}; rename one or move it away.")
         files[number] = path
     found = tuple(_case(case_id, cases[case_id], channels) for case_id in sorted(cases))
-    return Dataset(root, found, tuple(channels), {})
+    dataset = Dataset(root, found, tuple(channels), {})
+    case_tools.check(dataset)
+    return dataset
 
 
 def is_result(path: Path) -> bool:

@@ -39,11 +39,6 @@ class CaseFiles:
     uncertainty: Path
     record: Path
 
-    @property
-    def stems(self) -> tuple[Path, ...]:
-        """All of them, without endings."""
-        return (self.mask, *self.probabilities.values(), self.uncertainty, self.record.with_suffix(""))
-
 
 def plan(output: Path, cases: Sequence[Case], names: Sequence[str], bids: bool) -> dict[str, CaseFiles]:
     """The files of every case.
@@ -59,18 +54,17 @@ def plan(output: Path, cases: Sequence[Case], names: Sequence[str], bids: bool) 
         UsageError: when two files get the same name, or a name is none that BIDS allows, or a case is a picture.
     """
     found = {}
-    owners: dict[str, str] = {
-        str(output / Path(name).stem).casefold(): f"the folder's {name}" for name in (OWNER, LABELS)
-    }
+    owners = {str(output / Path(name).stem).casefold(): f"the folder's {name}" for name in (OWNER, LABELS)}
     for case in cases:
         planned = _bids(output, case, names) if bids else _plain(output, case.case_id, names)
-        for stem in set(planned.stems):
-            other = owners.setdefault(str(stem).casefold(), f"case {case.case_id!r}")
-            if other != f"case {case.case_id!r}" or len(set(planned.probabilities.values())) < len(names):
+        for stem in (planned.mask, *planned.probabilities.values(), planned.uncertainty):  # the JSON's is the mask's
+            other, this = owners.get(str(stem).casefold()), f"case {case.case_id!r}"
+            if other:
                 raise UsageError(
-                    f"{other} and case {case.case_id!r} would both be written to {stem}; rename a case or a class"
+                    f"{other} and {this} would both be written to {stem}; rename a case or a class"
                     + (", or leave --bids out, which keeps letters and digits alone." if bids else ".")
                 )
+            owners[str(stem).casefold()] = this
         found[case.case_id] = planned
     return found
 

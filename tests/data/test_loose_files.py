@@ -58,11 +58,10 @@ def test_colours_go_by_their_names(tmp_path):
     assert case.volumes == {"A": 0, "B": 1, "C": 2}
 
 
-def test_a_dataset_is_read_as_one(tmp_path):
+def test_a_dataset_of_a_layout_is_no_folder_of_files(tmp_path):
     volume(tmp_path / "elsewhere.nii.gz")
     (tmp_path / "cases.tsv").write_text("case_id\timage:T2\nmine\telsewhere.nii.gz\n")
-    found = loose_files.of_folder(tmp_path, TWO)
-    assert [case.case_id for case in found.cases] == ["mine"] and found.channels == ("T2",)
+    assert loose_files.of_folder(tmp_path, TWO) is None
 
 
 @pytest.mark.parametrize(
@@ -74,6 +73,7 @@ def test_a_dataset_is_read_as_one(tmp_path):
         ({"p": (3, 2)}, ("T1",), r"holds 2 volume\(s\), but the model has 1 channel"),
         ({"p": 3, "p_0000": 3}, ("T1",), r"p.nii.gz and .*p_0000.nii.gz are both of the case 'p'"),
         ({"p_0000": 3, "p_0001": 4}, TWO, r"different shapes .* \(3, 5, 4\) and \(4, 5, 4\); resample"),
+        ({"P": 3, "p": 3}, ("T1",), "differ only in upper and lower case"),
         ({"p_seg": 3}, TWO, r"no image .* beside 1 masks or predictions"),
     ],
 )

@@ -53,6 +53,7 @@ def test_bids_names(tmp_path):
     [
         (["a_1", "a1"], True, ["x"], "case 'a_1' and case 'a1' would both be written to .*leave --bids out"),
         (["a"], True, ["x 1", "x1"], "would both be written to .*rename a case or a class"),
+        (["a"], False, ["x", "X"], "would both be written to .*rename a case or a class"),
         (["a", "a_prob-x"], False, ["x"], "case 'a' and case 'a_prob-x' would both"),
         (["a", "a_uncertainty"], False, ["x"], "case 'a' and case 'a_uncertainty' would both"),
         (["Labels"], False, ["x"], "the folder's labels.json and case 'Labels'"),

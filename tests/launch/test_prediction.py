@@ -122,7 +122,8 @@ def test_cases_do_not_disturb_each_other(run, scans, clicks, tmp_path):
         one, other = (nibabel.load(tmp_path / folder / name) for folder in ("together", "of_stacked"))
         np.testing.assert_array_equal(one.dataobj, other.dataobj)
 
-    clicks.write_text("".join(row for row in clicks.open() if row.startswith(("case_id", "p2"))))
+    rows = clicks.read_text().splitlines()
+    clicks.write_text("\n".join(row for row in rows if row.startswith(("case_id", "p2"))))
     predict.predict(run, tmp_path / "alone", clicks_file=clicks, listed=sorted(scans.glob("p2_*")))
     alone = content(tmp_path / "alone")
     assert len(alone) == 6 and alone == {name: together[name] for name in alone}
