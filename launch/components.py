@@ -86,10 +86,13 @@ class Components:
         return case_tools.select(self.dataset, self.config.data, split)
 
 
-def build(config: configs.TrainConfig, class_map: classes.ClassMap | None = None) -> Components:
+def build(
+    config: configs.TrainConfig, class_map: classes.ClassMap | None = None, dataset: Dataset | None = None
+) -> Components:
     """Load the dataset's index and the backbone.
 
-    ``class_map`` is a trained model's; without it the classes are those that the configuration asks for.
+    ``class_map`` is a trained model's; without it the classes are those that the configuration asks for.  ``dataset``
+    takes the place of the one that the configuration names.
 
     Raises:
         InputError: for any value of the configuration that does not fit, before any work is done.
@@ -98,7 +101,7 @@ def build(config: configs.TrainConfig, class_map: classes.ClassMap | None = None
     # A backbone that knows one dtype need not take the option.
     options = {} if config.model.dtype == configs.ModelConfig.dtype else {"dtype": config.model.dtype}
     load_backbone = models.registry.bind(config.model.backbone, options)
-    dataset = case_tools.load(config.data)
+    dataset = dataset or case_tools.load(config.data)
     class_map = class_map or classes.parse(config.data.classes or dataset.default_classes, dataset.labels)
     channels = case_tools.channels(config.data, dataset)
     intensity.registry.get(config.data.intensity)
@@ -314,11 +317,12 @@ def metadata(
     }
 
 
-def of_model(record: Mapping[str, Any], root: str) -> Components:
+def of_model(record: Mapping[str, Any], root: str, dataset: Dataset | None = None) -> Components:
     """The components that a trained model needs, from the record saved beside its weights.
 
     ``root`` is another dataset, all of whose domains are new to the model; empty: the one it was trained on.
-    Channels and classes are the model's own, whatever the other dataset declares.
+    ``dataset``, if given, is what was read of it.  Channels and classes are the model's own, whatever the other dataset
+    declares.
 
     Raises:
         DataError, UsageError: when the dataset lacks a channel, or the backbone's weights are not the model's.
@@ -328,7 +332,7 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
         raise DataError(f"model.json lacks {', '.join(sorted(missing))}; train the model again with this version.")
     config = configs.from_dict(configs.TrainConfig, record["config"], "model.json")
     data = dataclasses.replace(config.data, channels=",".join(record["channels"]))
-    if not (root or data.root):
+    if not (root or data.root or dataset):
         raise UsageError(
             "A model bundle knows no dataset: name one with --data to predict or evaluate; to calibrate, take the run "
             "that it was exported from."
@@ -340,7 +344,7 @@ def of_model(record: Mapping[str, Any], root: str) -> Components:
     # The training's devices may have been others; what they shared is no property of the model.
     shards = config.model.shards if len(jax.local_devices()) % config.model.shards == 0 else 1
     model = dataclasses.replace(config.model, shards=shards)
-    components = build(dataclasses.replace(config, data=data, model=model), class_map)
+    components = build(dataclasses.replace(config, data=data, model=model), class_map, dataset)
     check_backbone(record, components.backbone)
     return components
 

@@ -41,7 +41,7 @@ def read(root: Path, layout: str = "auto") -> Dataset:
         DataError: when the folder is not a dataset, a file is missing, or case names clash.
     """
     dataset = layouts.detect(root, layout)
-    _check(dataset)
+    check(dataset)
     return dataset
 
 
@@ -198,8 +198,12 @@ def _files(case: Case) -> list[tuple[str, Path, int | None]]:
     return [*files, ("label", case.label, None)] if case.label else files
 
 
-def _check(dataset: Dataset) -> None:
-    """No problems, and files that exist."""
+def check(dataset: Dataset) -> None:
+    """No problems, and files that exist.
+
+    Raises:
+        DataError: for the first of ``problems``, and for a file that is not there.
+    """
     for _, sentence in problems(dataset):
         raise DataError(sentence)
     for case in dataset.cases:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from calsegx.data import frames
+from calsegx.data import frames, images
 from calsegx.data.prompts import BACKGROUND, BOX_END, BOX_START, FOREGROUND, PADDING
 from calsegx.interfaces import Case, DataError, Prompts, Volume
 
@@ -83,6 +83,39 @@ def check_clicks(clicks: Mapping[str, Clicks], cases: Sequence[Case], protocol: 
         if case_id not in known:
             raise DataError(f"{table.path}, {table.places[0]}: {case_id!r} is not among the cases to predict.")
         _check_protocol(table, case_id, protocol)
+
+
+def check_places(
+    clicks: Mapping[str, Clicks], cases: Sequence[Case], protocol: str, channel: str, slice_axis: str = "axial"
+) -> None:
+    """Before any work: the clicks of every case fit its image, whose header alone is read.
+
+    An image without a readable header is passed over here; it is refused by name when its case is read.
+
+    Args:
+        clicks: of ``check_clicks``.
+        cases: of ``check_clicks``.
+        protocol: the model's.
+        channel: whose grid the clicks are on: the model's first.
+        slice_axis: the model's.
+
+    Raises:
+        DataError: as ``from_clicks``.
+    """
+    for case in cases:
+        try:
+            reference = images.read_reference(case.images[channel], slice_axis)
+        except DataError:
+            continue
+        from_clicks(case_clicks(clicks, case.case_id), case.case_id, reference, protocol)
+
+
+def asked(protocol: str) -> str:
+    """What a user is to give a model of ``protocol``, in words."""
+    if protocol == "gt_box":
+        return "a box (corners of the labels 2 and 3) on every slice to segment"
+    where = "the target" if protocol == "volume_points" else "the target in every slice to segment"
+    return f"clicks (label 1 on {where}, 0 beside it)"
 
 
 def case_clicks(clicks: Mapping[str, Clicks], case_id: str) -> Clicks:

@@ -1,6 +1,7 @@
 """Image and label files of any kind that is read: NIfTI volumes, and PNG pictures as volumes of one slice."""
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,29 @@ def read_grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
         DataError: for a file without a readable header.
     """
     return pictures.read_grid(path) if _is_picture(path, "axial") else nifti.read_grid(path)
+
+
+def read_reference(path: Path, slice_axis: str = "axial") -> Volume:
+    """The grid of a file, with zeros for voxels; of NIfTI files the header alone is read.
+
+    Raises:
+        DataError: for a file without a readable header, and an unusable picture.
+        UsageError: as ``read``.
+    """
+    if _is_picture(path, slice_axis):
+        return pictures.read_reference(path)
+    return nifti.read_reference(path, slice_axis)
+
+
+def count_volumes(path: Path) -> int:
+    """How many volumes a NIfTI file holds by its header, or how many colours a picture: 1 or 3.
+
+    Raises:
+        DataError: as ``read_reference``.
+    """
+    if _is_picture(path, "axial"):
+        return len(pictures.channels(path))
+    return math.prod(nifti.read_reference(path).header.get_data_shape()[3:])
 
 
 def voxels_sha256(voxels: np.ndarray) -> str:

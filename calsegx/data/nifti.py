@@ -5,6 +5,7 @@ file has none.  Here a file is read to its last byte before anything is believed
 exactly the grid that was read.
 """
 
+import dataclasses
 import difflib
 import gzip
 import io
@@ -61,7 +62,8 @@ def read(path: Path, volume: int | None = None, slice_axis: str = "axial") -> Vo
     header, data = _load(path, volume)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
         data = data.astype(np.float32)
-    return _to_working(path, header, data, slice_axis)
+    _check_finite(path, data)
+    return _contiguous(_to_working(path, header, data, slice_axis))
 
 
 def read_labels(path: Path, slice_axis: str = "axial") -> Volume:
@@ -83,7 +85,7 @@ def read_labels(path: Path, slice_axis: str = "axial") -> Volume:
         data = rounded
     if data.size and max(abs(float(data.min())), abs(float(data.max()))) > np.iinfo(np.int32).max:
         raise DataError(f"{path} holds label ids beyond 32 bits; expected small integers, one per class.")
-    return _to_working(path, header, data.astype(np.int32), slice_axis)
+    return _contiguous(_to_working(path, header, data.astype(np.int32), slice_axis))
 
 
 def write(path: Path, array: np.ndarray, like: Volume, dtype: type) -> None:
@@ -205,6 +207,16 @@ def read_grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Shape and spacing in mm along the axial working axes (slices, rows, columns), from the header alone.
 
     Raises:
+        DataError: as ``read_reference``.
+    """
+    reference = read_reference(path)
+    return reference.voxels.shape, reference.spacing_mm
+
+
+def read_reference(path: Path, slice_axis: str = "axial") -> Volume:
+    """The grid of a file, from the header alone: a volume as of ``read``, of zeros that take no memory.
+
+    Raises:
         DataError: for a file without a readable header, or without an affine.
     """
     require_file(path)
@@ -214,11 +226,7 @@ def read_grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
         shape = _three_axes(header.get_data_shape())
     except (EOFError, zlib.error, *_HEADER_ERRORS) as error:
         raise DataError(f"{path} has no readable header ({error}); copy or download it again.") from error
-    affine = affine_mm(path, header)
-    target = orientations.axcodes2ornt(WORKING_AXES["axial"])
-    order = np.argsort(orientations.ornt_transform(orientations.io_orientation(affine), target)[:, 0])
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    return tuple(shape[axis] for axis in order), tuple(float(spacing[axis]) for axis in order)
+    return _to_working(path, header, np.broadcast_to(np.uint8(0), shape), slice_axis)
 
 
 def _header(path: Path, content: bytes) -> nibabel.Nifti1Header:
@@ -301,14 +309,17 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _to_working(path: Path, header: nibabel.Nifti1Header, data: np.ndarray, slice_axis: str) -> Volume:
-    _check_finite(path, data)
     affine = affine_mm(path, header)
     target = orientations.axcodes2ornt(WORKING_AXES[slice_axis])
     transform = orientations.ornt_transform(orientations.io_orientation(affine), target)
     working = affine @ orientations.inv_ornt_aff(transform, data.shape)
-    voxels = np.ascontiguousarray(orientations.apply_orientation(data, transform))
+    voxels = orientations.apply_orientation(data, transform)
     depth, height, width = (float(length) for length in np.linalg.norm(working[:3, :3], axis=0))
     return Volume(voxels, working, (depth, height, width), transform, header)
+
+
+def _contiguous(volume: Volume) -> Volume:
+    return dataclasses.replace(volume, voxels=np.ascontiguousarray(volume.voxels))
 
 
 def affine_mm(path: Path, header: nibabel.Nifti1Header) -> np.ndarray:

@@ -51,6 +51,15 @@ def read_grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return (1, *_load(path).shape[:2]), (1.0, 1.0, 1.0)
 
 
+def read_reference(path: Path) -> Volume:
+    """The grid of a picture: a volume as of ``read``, of zeros that take no memory.
+
+    Raises:
+        DataError: as ``read``.
+    """
+    return _volume(np.broadcast_to(np.uint8(0), _load(path).shape[:2]))
+
+
 def read(path: Path, colour: int | None = None) -> Volume:
     """Read a picture as one slice, float32 ``[1, H, W]``, row 0 on top, pixels of 1 mm.
 

@@ -200,9 +200,14 @@ def _prepared_ahead(
         except InputError as error:
             return error
 
+    return ahead(reader, prepared, jobs)
+
+
+def ahead(reader: futures.Executor, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """``(item, function(item))``, in order; the reader's thread is at work on the next one meanwhile."""
     waiting = None
-    for job in jobs:
-        following = job, reader.submit(prepared, job)
+    for item in items:
+        following = item, reader.submit(function, item)
         if waiting is not None:
             yield waiting[0], waiting[1].result()
         waiting = following

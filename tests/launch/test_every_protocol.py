@@ -145,7 +145,7 @@ def test_clicks_in_every_format_give_the_same_masks(pointed, dataset, tmp_path, 
     prompted = found[0].any(axis=(0, 1))
     assert prompted[voxels[:, 2]].all() and not prompted[: image.shape[2] // 3].any()
     # Four slices of the file, two of the working grid.
-    assert "slices between clicked ones without a click: 2, background" in capsys.readouterr().out
+    assert "2 slices between prompted ones have no prompt and are background" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

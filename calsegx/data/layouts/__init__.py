@@ -28,22 +28,42 @@ def recognise(root: Path, name: str = "auto") -> tuple[str, Dataset]:
         UsageError: for an unknown layout.
         DataError: for a missing or empty folder, or one that no layout recognises.
     """
-    if not root.is_dir():
-        raise DataError(f"The dataset folder {root} does not exist or is a file; check its name{_nearest(root)}.")
-    if not any(root.iterdir()):
-        raise DataError(f"The dataset folder {root} is empty; put the dataset there or name another.")
     if name != "auto":
+        _check_folder(root)
         dataset = registry.get(name)(root)
         if dataset is None:
             raise DataError(f"{root} is not of the layout {_describe(name)}; try --config.data.layout=auto.")
         return name, dataset
-    names = [HAND_WRITTEN, *(other for other in registry.names() if other != HAND_WRITTEN)]
-    for candidate in names:
+    found = first_match(root)
+    if found is None:
+        looked_for = "; ".join(_describe(candidate) for candidate in _order())
+        raise DataError(f"{root} is of no known layout; looked for: {looked_for}; write a cases.tsv to describe it.")
+    return found
+
+
+def first_match(root: Path) -> tuple[str, Dataset] | None:
+    """The first layout that recognises ``root``, and the dataset; None when there is none.
+
+    Raises:
+        DataError: for a missing or empty folder.
+    """
+    _check_folder(root)
+    for candidate in _order():
         dataset = registry.get(candidate)(root)
         if dataset is not None:
             return candidate, dataset
-    looked_for = "; ".join(_describe(candidate) for candidate in names)
-    raise DataError(f"{root} is of no known layout; looked for: {looked_for}; write a cases.tsv to describe it.")
+    return None
+
+
+def _order() -> list[str]:
+    return [HAND_WRITTEN, *(other for other in registry.names() if other != HAND_WRITTEN)]
+
+
+def _check_folder(root: Path) -> None:
+    if not root.is_dir():
+        raise DataError(f"The dataset folder {root} does not exist or is a file; check its name{_nearest(root)}.")
+    if not any(root.iterdir()):
+        raise DataError(f"The dataset folder {root} is empty; put the dataset there or name another.")
 
 
 def _nearest(root: Path) -> str:
