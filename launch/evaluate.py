@@ -216,7 +216,8 @@ def _describe(
         + " (order of the slices and choice of their views; every run starts from the same pretrained decoder)",
         "Training": f"{steps} steps of {config.batch_size} slices, "
         + ("augmented anew in every step" if data.online else f"{data.views} cached views a slice")
-        + f", Adam {config.optimizer.learning_rate:g} with cosine decay, clip norm {config.optimizer.clip_norm:g}",
+        + f", {_optimizers(runs.configs)}"
+        + (", encoder and decoder" if config.model.backbone in configs.WHOLE else ""),
         "Loss": f"{', '.join(tasks)}; FIP weight {fisher} ({config.fisher.mode}, {config.fisher.reading}, "
         f"{config.fisher.normalisation}, of {penalised}, {config.fisher.labels} labels, linear warm-up over "
         f"{config.fisher.warmup_fraction:.0%} of the steps), CMP weight {confidence}",
@@ -226,6 +227,13 @@ def _describe(
         "Versions": f"calsegx {calsegx.__version__}, jax {jax.__version__}, Python {platform.python_version()}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind}",
     }
+
+
+def _optimizers(runs: Sequence[configs.TrainConfig]) -> str:
+    decays = sorted({run.optimizer.weight_decay for run in runs})
+    names = " or ".join(f"AdamW (weight decay {decay:g})" if decay else "Adam" for decay in decays)
+    same = runs[0].optimizer
+    return f"{names} {same.learning_rate:g} with cosine decay, clip norm {same.clip_norm:g}"
 
 
 def _disc(guesses: Mapping[str, Any]) -> dict[str, str]:

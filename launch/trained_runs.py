@@ -20,7 +20,7 @@ MAY_DIFFER = (
     *("method", "loss", "prompt_jitter", "seed", "fisher.", "cmp.", "crac.", "steps", "export"),
     *("log_every", "save_every", "validate_every"),
     *("data.root", "data.splits", "data.cache", "data.workers", "model.weights", "model.encoder_batch", "model.shards"),
-    *("microbatch", "tensorboard"),
+    *("microbatch", "tensorboard", "optimizer.weight_decay"),
 )
 
 

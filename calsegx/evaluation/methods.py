@@ -16,6 +16,7 @@ _BASE_NAMES = {
     "calsam": "CalSAM",
     "crac": "CRaC",
     "medsam": "MedSAM recipe",
+    "medsam_whole": "MedSAM recipe, whole model",
     "focal": "Focal",
     "dice_plus_plus": "Dice++",
     "mbls": "MbLS",

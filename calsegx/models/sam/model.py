@@ -45,6 +45,7 @@ def encode(
     images: Float[Array, "b H W 3"],
     dtype: jnp.dtype = jnp.float32,
     whole: Callable[[str, Any, Array], Any] | None = None,
+    checkpoint: bool = False,
 ) -> Float[Array, "b h w c"]:
     """Image embeddings of normalised, padded frames.
 
@@ -56,6 +57,7 @@ def encode(
         images: sides are multiples of the patch size.
         dtype: what the encoder computes in; with bfloat16, softmax, LayerNorm, GELU and logits stay in float32.
         whole: for blocks whose parameters are stored in parts, see ``ImageEncoder``.
+        checkpoint: for less memory where the encoder is trained: a third more arithmetic, the same numbers.
 
     Raises:
         UsageError: for sides that are not multiples of the patch size.
@@ -65,7 +67,7 @@ def encode(
             f"Frames of {images.shape[1]} x {images.shape[2]} pixels are not whole patches of {config.patch_size}; "
             "pad them (sam.preprocess makes square frames of config.image_size)."
         )
-    return _apply(ImageEncoder(config, dtype, whole), params["image_encoder"], images.astype(dtype))
+    return _apply(ImageEncoder(config, dtype, whole, checkpoint), params["image_encoder"], images.astype(dtype))
 
 
 def decode(
