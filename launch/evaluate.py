@@ -7,8 +7,8 @@ it came (binary problems), and two guesses made from the prompt alone.  Writes `
 ``summary.json`` (nnU-Net's keys), ``temperatures.json``, ``table.md``, ``table.tex`` (booktabs), ``report.html`` and,
 last, ``SHA256SUMS``, which ``sha256sum --check`` reads.  With ``--prompt_jitter=0.01,0.02,0.05`` also
 ``prompt_jitter.csv``: DSC and ECE when every prompt is moved at random by up to that share of the encoder frame's side.
-A model bundle can stand in place of a run, with ``--data``: it brings no training and validation cases, so neither
-guesses nor another temperature than its own are fitted.
+A model bundle can stand in place of a run, with ``--data``: it brings no training and validation cases, so no guesses
+and no calibrators are fitted; it is shown with the calibrator that it brings.
 ``--calibrators=temperature,dirichlet`` shows every run with each of them (``calibrators.json``: those but temperature).
 """
 
@@ -89,8 +89,7 @@ def evaluate(
     domain_column = config.data.domain if root or config.data.source else ""
     work = study.Study(features, home.backbone, home.class_map, config.protocol, domain_column, config.data)
     if bundled:
-        own = trained_runs.own_temperatures(folders, runs)
-        fits: study.Fits = {key: {"temperature": params} for key, params in own.items()}
+        fits: study.Fits = trained_runs.own_calibrators(folders, runs)
         guesses = {}
     else:
         image_of = _calibrator_image(home)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from calsegx import configs, experiment
+from calsegx import calibrators, configs, experiment
 from calsegx.evaluation import methods, pooled, tables
 from calsegx.interfaces import DataError, UsageError
 from launch import evaluate, grid_search, train, trained_runs
@@ -249,8 +249,11 @@ def test_names_of_calibrated_methods():
         *("sam_ft", "sam_ft+ts", "sam_ft+lts", "calsam+dirichlet")
     ]
     assert methods.display("mbls+lts") == "MbLS + LTS" and methods.base("mbls+dirichlet") == "mbls"
-    with pytest.raises(UsageError, match="--calibrators=vector: give some of dirichlet, local_temperature, temp"):
-        trained_runs.check_calibrators(["vector"])
+    trained_runs.check_calibrators(calibrators.names())  # each has a name in tables
+    with pytest.raises(
+        UsageError, match="--calibrators=vector,vector: give some of dirichlet, image_temp.*, each once"
+    ):
+        trained_runs.check_calibrators(["vector", "vector"])
 
 
 def test_a_damaged_table_is_refused(tmp_path):
