@@ -201,8 +201,8 @@ def _cell(
     config = plan.settings(method, weights)
     config = dataclasses.replace(config, protocol=setting.prompts or config.protocol)
     every = config.protocol in configs.EVERY_SLICE  # another cache: more slices are encoded
-    features = ("features_every_slice" if every else "features") + _other_backbone(plan, config)
-    cache = config.data.cache + _other_backbone(plan, config) if config.data.cache else str(workdir / features)
+    cache = config.data.cache or str(workdir / ("features_every_slice" if every else "features"))
+    cache += _other_backbone(plan, config)
     file = _few_shot_file(workdir, setting.subjects, seed) if setting.subjects else setting.file
     data = dataclasses.replace(
         config.data, cache=cache, source=setting.source, splits=str(file or ""), fold=setting.number if file else 0

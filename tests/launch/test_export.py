@@ -170,7 +170,10 @@ def test_a_bundles_own_calibrator_is_shown_whatever_its_kind(run, new_cases, tmp
     done = evaluate.evaluate([folder], tmp_path / "evaluation", str(new_cases))
     assert {row.method for row in done.rows} == {"vanilla_sam", "sam_ft", "sam_ft+lts"}
     (kept,) = json.loads((tmp_path / "evaluation" / "calibrators.json").read_text())
-    assert (kept["calibrator"], kept["voxels"]) == ("local_temperature", storage.load(folder / "calibrator.json")[1]["voxels"])
+    assert (kept["calibrator"], kept["voxels"]) == (
+        "local_temperature",
+        storage.load(folder / "calibrator.json")[1]["voxels"],
+    )
     brier = {
         row.method: row.value
         for row in done.rows
