@@ -32,6 +32,7 @@ METHODS: Mapping[str, Method] = {
     "calsam": Method(fisher=True, confidence=True),
     "crac": Method(lagrangian=True),
 }
+WHOLE = ("sam_whole",)  # backbones whose encoder is trained too
 PROTOCOLS = ("gt_points", "random_points", "class_points", "gt_box", "volume_points", "none")
 EVERY_SLICE = ("volume_points", "none")  # protocols that do not know which slices hold foreground
 SLICE_AXES = ("axial", "coronal", "sagittal")
@@ -87,9 +88,9 @@ class DataConfig:
 class ModelConfig:
     """The backbone and its weights."""
 
-    backbone: str = "sam"
+    backbone: str = "sam"  # or sam_whole: the encoder is trained with the decoder
     weights: str = ""  # a weights folder; empty: the tiny SAM that ships with calsegx
-    dtype: str = "float32"  # what the frozen encoder computes in: float32 or bfloat16
+    dtype: str = "float32"  # what the encoder computes in: float32 or bfloat16
     encoder_batch: int = 0  # slices per encoder call; 0: by feature grid and device (caching.encoder_batch)
     shards: int = 1  # devices that share one copy of the encoder's parameters, for an encoder too large for one
 
@@ -139,11 +140,12 @@ class CracConfig:
 
 @dataclass
 class OptimizerConfig:
-    """Adam with cosine decay to zero."""
+    """Adam, or with a weight decay AdamW, with cosine decay to zero."""
 
     learning_rate: float = 1e-4
     b1: float = 0.9
     b2: float = 0.999
+    weight_decay: float = 0.0  # decoupled (AdamW), of all trained parameters; MedSAM: 0.01
     clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
 
 
@@ -187,11 +189,12 @@ def validate(config: TrainConfig) -> None:
     _validate_fisher(config)
     _validate_crac(config)
     _validate_data(config)
+    _validate_whole(config)
     for name in ("steps", "batch_size", "log_every", "validate_every", "save_every", "model.shards"):
         _at_least(config, name, 1)
     for name in ("model.encoder_batch", "microbatch"):
         _at_least(config, name, 0)
-    for name in ("seed", "fisher.weight", "cmp.weight", "optimizer.clip_norm"):
+    for name in ("seed", "fisher.weight", "cmp.weight", "optimizer.weight_decay", "optimizer.clip_norm"):
         _at_least(config, name, 0)
     for name in ("optimizer.learning_rate", "cmp.temperature"):
         if not 0 < _value(config, name) < math.inf:
@@ -299,6 +302,21 @@ def _validate_crac(config: TrainConfig) -> None:
             )
 
 
+def _validate_whole(config: TrainConfig) -> None:
+    name = config.model.backbone
+    if name in WHOLE and METHODS[config.method].fisher:
+        raise UsageError(
+            f"--config.method={config.method} penalises the frozen encoder's features, and --config.model.backbone="
+            f"{name} trains the encoder; train the decoder alone (--config.model.backbone=sam), or take a method "
+            "without the Fisher penalty."
+        )
+    if name in WHOLE and config.model.shards > 1:
+        raise UsageError(
+            f"--config.model.shards={config.model.shards} takes a frozen encoder apart, and --config.model.backbone="
+            f"{name} trains it; set --config.model.shards=1."
+        )
+
+
 def lagrangian_options(config: TrainConfig) -> dict[str, Any]:
     """The keyword arguments that ``augmented_lagrangian.crac`` and ``sums`` share."""
     return {name: getattr(config.crac, name) for name in ("function", "constraint", "margin", "size", "border")}
@@ -338,6 +356,12 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> An
             value = from_dict(nested, value, f"{where}.{key}")
         arguments[key] = value
     return cls(**arguments)
+
+
+def replace(config: Any, values: Mapping[str, Any]) -> Any:
+    """``dataclasses.replace``, where a group's value may be a mapping of some of its fields."""
+    whole = {k: replace(getattr(config, k), v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    return dataclasses.replace(config, **whole)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

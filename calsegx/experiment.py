@@ -29,10 +29,18 @@ from calsegx import configs
 from calsegx.data import folds
 from calsegx.interfaces import UsageError
 
+# MedSAM (Ma et al., 2024): boxes moved by up to 20 of 1024 pixels, Dice + BCE, AdamW.  Learning rate, its decay,
+# clipping and batch stay those of all methods; MedSAM has 1e-4, no decay, no clipping.
+_MEDSAM = {
+    "method": "sam_ft",
+    "protocol": "gt_box",
+    "prompt_jitter": 20 / 1024,
+    "optimizer": {"weight_decay": 0.01},
+}
 METHODS: Mapping[str, Mapping[str, Any]] = {  # name -> fields of TrainConfig
     **{name: {"method": name} for name in configs.METHODS},
-    # MedSAM (Ma et al., 2024): boxes moved by up to 20 of 1024 pixels, Dice + BCE; trained with our Adam, not AdamW.
-    "medsam": {"method": "sam_ft", "protocol": "gt_box", "prompt_jitter": 20 / 1024},
+    "medsam": _MEDSAM,
+    "medsam_whole": {**_MEDSAM, "model": {"backbone": "sam_whole"}},  # the encoder too, as MedSAM itself was trained
     "early_stopping": {"method": "sam_ft", "export": "best"},
     **{
         name: {"method": "sam_ft", "loss": name}
@@ -79,11 +87,11 @@ class Plan:
 
     def settings(self, method: str, weights: Mapping[str, float]) -> configs.TrainConfig:
         """The training of a method, with a candidate of the grid."""
-        config = dataclasses.replace(self.config, **METHODS[method])
+        config = configs.replace(self.config, METHODS[method])
         if "lambda1" in weights:
-            config = dataclasses.replace(config, fisher=dataclasses.replace(config.fisher, weight=weights["lambda1"]))
+            config = configs.replace(config, {"fisher": {"weight": weights["lambda1"]}})
         if "lambda2" in weights:
-            config = dataclasses.replace(config, cmp=dataclasses.replace(config.cmp, weight=weights["lambda2"]))
+            config = configs.replace(config, {"cmp": {"weight": weights["lambda2"]}})
         if "margin" in weights:
             config = dataclasses.replace(config, loss=f"mbls(margin={weights['margin']:g})")
         if "steps" in weights:

@@ -7,8 +7,8 @@ it came (binary problems), and two guesses made from the prompt alone.  Writes `
 ``summary.json`` (nnU-Net's keys), ``temperatures.json``, ``table.md``, ``table.tex`` (booktabs), ``report.html`` and,
 last, ``SHA256SUMS``, which ``sha256sum --check`` reads.  With ``--prompt_jitter=0.01,0.02,0.05`` also
 ``prompt_jitter.csv``: DSC and ECE when every prompt is moved at random by up to that share of the encoder frame's side.
-A model bundle can stand in place of a run, with ``--data``: it brings no training and validation cases, so neither
-guesses nor another temperature than its own are fitted.
+A model bundle can stand in place of a run, with ``--data``: it brings no training and validation cases, so no guesses
+and no calibrators are fitted; it is shown with the calibrator that it brings.
 ``--calibrators=temperature,dirichlet`` shows every run with each of them (``calibrators.json``: those but temperature).
 """
 
@@ -89,8 +89,7 @@ def evaluate(
     domain_column = config.data.domain if root or config.data.source else ""
     work = study.Study(features, home.backbone, home.class_map, config.protocol, domain_column, config.data)
     if bundled:
-        own = trained_runs.own_temperatures(folders, runs)
-        fits: study.Fits = {key: {"temperature": params} for key, params in own.items()}
+        fits: study.Fits = trained_runs.own_calibrators(folders, runs)
         guesses = {}
     else:
         image_of = _calibrator_image(home)
@@ -216,7 +215,8 @@ def _describe(
         + " (order of the slices and choice of their views; every run starts from the same pretrained decoder)",
         "Training": f"{steps} steps of {config.batch_size} slices, "
         + ("augmented anew in every step" if data.online else f"{data.views} cached views a slice")
-        + f", Adam {config.optimizer.learning_rate:g} with cosine decay, clip norm {config.optimizer.clip_norm:g}",
+        + f", {_optimizers(runs.configs)}"
+        + (", encoder and decoder" if config.model.backbone in configs.WHOLE else ""),
         "Loss": f"{', '.join(tasks)}; FIP weight {fisher} ({config.fisher.mode}, {config.fisher.reading}, "
         f"{config.fisher.normalisation}, of {penalised}, {config.fisher.labels} labels, linear warm-up over "
         f"{config.fisher.warmup_fraction:.0%} of the steps), CMP weight {confidence}",
@@ -226,6 +226,13 @@ def _describe(
         "Versions": f"calsegx {calsegx.__version__}, jax {jax.__version__}, Python {platform.python_version()}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind}",
     }
+
+
+def _optimizers(runs: Sequence[configs.TrainConfig]) -> str:
+    decays = sorted({run.optimizer.weight_decay for run in runs})
+    names = " or ".join(f"AdamW (weight decay {decay:g})" if decay else "Adam" for decay in decays)
+    same = runs[0].optimizer
+    return f"{names} {same.learning_rate:g} with cosine decay, clip norm {same.clip_norm:g}"
 
 
 def _disc(guesses: Mapping[str, Any]) -> dict[str, str]:

@@ -169,7 +169,8 @@ def is_finished(cell: Cell) -> bool:
     if not (cell.folder / "model" / "model.json").exists():
         return False
     _, record = model_folder.load(cell.folder)
-    for name, (old, new) in configs.differences(record["config"], configs.to_dict(cell.config)).items():
+    trained = configs.from_dict(configs.TrainConfig, record["config"], "model.json")
+    for name, (old, new) in configs.differences(configs.to_dict(trained), configs.to_dict(cell.config)).items():
         raise UsageError(
             f"{cell.folder} was trained with {name}={old!r}, and the experiment now asks for {new!r}; name another "
             "--workdir, or remove that run."
@@ -201,6 +202,7 @@ def _cell(
     config = dataclasses.replace(config, protocol=setting.prompts or config.protocol)
     every = config.protocol in configs.EVERY_SLICE  # another cache: more slices are encoded
     cache = config.data.cache or str(workdir / ("features_every_slice" if every else "features"))
+    cache += _other_backbone(plan, config)
     file = _few_shot_file(workdir, setting.subjects, seed) if setting.subjects else setting.file
     data = dataclasses.replace(
         config.data, cache=cache, source=setting.source, splits=str(file or ""), fold=setting.number if file else 0
@@ -208,6 +210,12 @@ def _cell(
     config = train.with_absolute_paths(dataclasses.replace(config, seed=seed, data=data))
     name = "_".join([method, *(f"{key}={value:g}" for key, value in weights.items()), f"seed{seed}"])
     return Cell(method, weights, config, workdir / "runs" / setting.folder / name)
+
+
+def _other_backbone(plan: plans.Plan, config: configs.TrainConfig) -> str:
+    """What tells apart the cache and the evaluation of a method that brings a backbone of its own."""
+    name = config.model.backbone
+    return "" if name == plan.config.model.backbone else f"_{name}"
 
 
 def _cells(plan: plans.Plan, setting: Setting, workdir: Path) -> Iterable[Cell]:
@@ -275,16 +283,17 @@ def _evaluated(
     workdir: Path,
     make_shift: Callable[[configs.DataConfig, Path], object] | None = None,
 ) -> list[pooled.Part]:
-    """Evaluations of the cells, one for each prompt protocol and, where seeds train on other subjects, for each seed.
+    """Evaluations of the cells, one for each prompt protocol, backbone and, where seeds train on other subjects, seed.
 
     ``make_shift`` writes the shifted test cases of a fold into a folder, which are evaluated in place of the fold's.
     """
-    groups: dict[tuple[str, int | None], list[Cell]] = {}
+    groups: dict[tuple[str, str, int | None], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.config.protocol, cell.config.seed if setting.subjects else None), []).append(cell)
+        seed = cell.config.seed if setting.subjects else None
+        groups.setdefault((cell.config.protocol, _other_backbone(plan, cell.config), seed), []).append(cell)
     found = []
-    for (protocol, seed), members in groups.items():
-        name = protocol + ("" if seed is None else f"_seed{seed}")
+    for (protocol, other, seed), members in groups.items():
+        name = protocol + other + ("" if seed is None else f"_seed{seed}")
         folder = workdir / ("corrupted_evaluation" if make_shift else "evaluation") / setting.evaluation / name
         shifted = workdir / "corrupted" / f"fold{setting.number}" if make_shift else None
         asked = {
@@ -311,6 +320,8 @@ def _evaluated(
         rows = tables.read_cases(folder / "cases.csv")
         if seed is not None:  # the guesses were fitted on this seed's subjects
             rows = [dataclasses.replace(r, seed=seed) if r.method in methods.UNTRAINED else r for r in rows]
+        if other and (protocol, "", seed) in groups:  # the same guesses stand beside the plan's own backbone
+            rows = [row for row in rows if row.method not in methods.UNTRAINED]
         images = pooled.CORRUPTED if make_shift else pooled.AS_THEY_ARE
         source = manifest.CLEAN if make_shift else setting.source
         found.append(pooled.Part(setting.name, setting.subjects, protocol, images, source, rows))

@@ -1,6 +1,5 @@
 """Trained runs as evaluation and calibration take them: what may be compared, and on which cases."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ MAY_DIFFER = (
     *("method", "loss", "prompt_jitter", "seed", "fisher.", "cmp.", "crac.", "steps", "export"),
     *("log_every", "save_every", "validate_every"),
     *("data.root", "data.splits", "data.cache", "data.workers", "model.weights", "model.encoder_batch", "model.shards"),
-    *("microbatch", "tensorboard"),
+    *("microbatch", "tensorboard", "optimizer.weight_decay"),
 )
 
 
@@ -111,17 +110,13 @@ def _comparable(record: Mapping[str, Any], key: str) -> Any:
     return {split: sorted(case["fingerprint"] for case in cases) for split, cases in record[key].items()}
 
 
-def own_temperatures(folders: Sequence[Path], runs: Runs) -> dict[tuple[str, int], dict[str, Any]]:
-    """The temperatures that bundles bring with them."""
-    found = {}
-    for folder, model in zip(folders, runs.models, strict=True):
-        if (folder / bundle.CALIBRATOR).exists():
-            name, params = storage.load(folder / bundle.CALIBRATOR)
-            if name == "temperature":
-                found[model.method, model.seed] = params
-            else:
-                print(f"note: {folder} is scored without its calibrator {name}; only temperatures are", file=sys.stderr)
-    return found
+def own_calibrators(folders: Sequence[Path], runs: Runs) -> study.Fits:
+    """The calibrators that bundles bring with them."""
+    return {
+        (model.method, model.seed): dict([storage.load(folder / bundle.CALIBRATOR)])
+        for folder, model in zip(folders, runs.models, strict=True)
+        if (folder / bundle.CALIBRATOR).exists()
+    }
 
 
 def check_calibrators(names: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ ALLOWED = {
     "features": {"slice_files"},
     "data": {"features"},  # the pipeline reads the cache
     "training": {"losses", "sharding", "features", "locks", "data"},
-    "bundle": {"data", "calibrators", "training"},
+    "bundle": {"data", "models", "calibrators", "training"},
     "evaluation": {"metrics", "calibrators", "features", "data", "uncertainty"},
 }
 # Third-party packages that only some files may touch; a path prefix, relative to the project.

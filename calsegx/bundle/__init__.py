@@ -27,3 +27,4 @@ from calsegx.bundle.contents import (
     public_record,
     to_json,
 )
+from calsegx.bundle.trained_sam import load_sam

@@ -3,7 +3,15 @@
 from collections.abc import Iterable
 
 CALIBRATED = "+ts"  # suffix of a method's name: with temperature scaling fitted on source validation cases
-SUFFIXES = {CALIBRATED: "TS", "+lts": "LTS", "+dirichlet": "Dirichlet"}  # of calibrators, and for readers
+SUFFIXES = {  # of calibrators, and for readers
+    CALIBRATED: "TS",
+    "+lts": "LTS",
+    "+image_temperature": "image TS",
+    "+vector": "vector scaling",
+    "+matrix": "matrix scaling",
+    "+platt": "Platt",
+    "+dirichlet": "Dirichlet",
+}
 _CALIBRATORS = {"temperature": CALIBRATED, "local_temperature": "+lts"}
 _BASE_NAMES = {
     "prompt_only_disc": "Prompt-only disc",
@@ -16,6 +24,7 @@ _BASE_NAMES = {
     "calsam": "CalSAM",
     "crac": "CRaC",
     "medsam": "MedSAM recipe",
+    "medsam_whole": "MedSAM recipe, whole model",
     "focal": "Focal",
     "dice_plus_plus": "Dice++",
     "mbls": "MbLS",

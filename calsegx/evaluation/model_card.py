@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from calsegx import configs
 from calsegx.evaluation import evaluate, methods, tables
 
 # Of Hugging Face's identifiers; any other licence is "other", with its name.
@@ -24,7 +25,7 @@ _CARD = """---
 
 **Not a medical device.** For research only; not for diagnosis or treatment.
 
-A mask decoder on the features of a frozen Segment Anything Model. {encoder} Written by calsegx {version}; predict with
+{network} Written by calsegx {version}; predict with
 
     python -m launch.predict --model=BUNDLE --data=DATASET --prompts=clicks.tsv --output=predictions
 
@@ -111,9 +112,7 @@ def write(manifest: Mapping[str, Any], record: Mapping[str, Any], calibrator: Ma
         channels=", ".join(dict.fromkeys(record["channels"])),
         protocol=record["config"]["protocol"],
         placed=f" ({training['prompts']})",
-        encoder="The encoder is part of the bundle."
-        if manifest["encoder"] == "include"
-        else f"The encoder is not part of the bundle: the weights with the fingerprint `{record['backbone']}`.",
+        network=_network(manifest["encoder"], record),
         version=record["calsegx"],
         domain=f"{training['domain_kind'].capitalize()} {training['source']}"
         if training["source"]
@@ -128,6 +127,17 @@ def write(manifest: Mapping[str, Any], record: Mapping[str, Any], calibrator: Ma
         license=manifest["license"],
         derived_from=manifest["derived_from"],
     )
+
+
+def _network(encoder: str, record: Mapping[str, Any]) -> str:
+    """What was trained of the backbone, and whether the rest comes along."""
+    trained, rest = "A mask decoder on the features of a frozen Segment Anything Model.", "The encoder"
+    if record["config"]["model"]["backbone"] in configs.WHOLE:
+        trained = "A Segment Anything Model whose image encoder and mask decoder were trained."
+        rest = "The SAM that the training started from, whose prompt encoder it keeps,"
+    if encoder == "include":
+        return f"{trained} {rest} is part of the bundle."
+    return f"{trained} {rest} is not part of the bundle: the weights with the fingerprint `{record['backbone']}`."
 
 
 def _head(manifest: Mapping[str, Any], dataset: str) -> str:

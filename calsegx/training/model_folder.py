@@ -21,7 +21,7 @@ _MODEL_CARD = """# A calsegx segmentation decoder
 - Prompts: {protocol}
 - Training domain: {domain} ({cases} cases)
 - Method: {method}, {steps} steps, seed {seed}
-- Encoder: frozen, fingerprint `{fingerprint}`; not in this folder
+- Backbone: {backbone}, fingerprint `{fingerprint}`; what is frozen of it is not in this folder
 - Written by calsegx {version}; licence of these weights: Apache-2.0
 
 **Not a medical device.** For research only; not for diagnosis or treatment. Its probabilities were fitted on
@@ -97,6 +97,7 @@ def _model_card(record: Mapping[str, Any]) -> str:
         method=config["method"],
         steps=config["steps"],
         seed=config["seed"],
+        backbone=config["model"]["backbone"],
         fingerprint=record["backbone"],
         version=record["calsegx"],
     )

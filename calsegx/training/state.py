@@ -28,11 +28,18 @@ def learning_rate(config: configs.TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: configs.TrainConfig) -> optax.GradientTransformation:
-    """Adam with cosine decay, after clipping the global gradient norm to ``clip_norm`` (0: no clipping)."""
-    adam = optax.adam(learning_rate(config), b1=config.optimizer.b1, b2=config.optimizer.b2)
-    if config.optimizer.clip_norm == 0:
+    """Adam with cosine decay, after clipping the global gradient norm to ``clip_norm`` (0: no clipping).
+
+    With ``weight_decay`` it is AdamW: every step also takes ``lr(t) * weight_decay * p`` off each parameter ``p``, also
+    off one that has no gradient, such as the predicted IoU's (MedSAM's PyTorch skips those).
+    """
+    options = config.optimizer
+    adam = optax.adam(learning_rate(config), b1=options.b1, b2=options.b2)
+    if options.weight_decay:
+        adam = optax.adamw(learning_rate(config), b1=options.b1, b2=options.b2, weight_decay=options.weight_decay)
+    if options.clip_norm == 0:
         return adam
-    return optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm), adam)
+    return optax.chain(optax.clip_by_global_norm(options.clip_norm), adam)
 
 
 def init_lagrangian(config: configs.TrainConfig, backbone: Backbone, batch: Batch) -> augmented_lagrangian.State:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from calsegx import configs, experiment
+from calsegx import calibrators, configs, experiment
 from calsegx.evaluation import methods, pooled, tables
 from calsegx.interfaces import DataError, UsageError
 from launch import evaluate, grid_search, train, trained_runs
@@ -73,6 +73,9 @@ def test_a_plan_is_read(plan):
     assert (tried.method, tried.fisher.weight, tried.cmp.weight) == ("calsam", 0.3, 0.7)
     assert found.settings("mbls", {"margin": 3.0}).loss == "mbls(margin=3)"
     assert found.settings("early_stopping", {"steps": 7}).steps == 7
+    recipe, whole = found.settings("medsam", {}), found.settings("medsam_whole", {})
+    assert (recipe.optimizer.weight_decay, recipe.optimizer.learning_rate) == (0.01, 1e-4)
+    assert (recipe.model.backbone, whole.model) == ("sam", configs.replace(recipe.model, {"backbone": "sam_whole"}))
 
 
 RULE = {"lowest": "ECE", "region": "p>0.01", "within_dsc_points": 1}
@@ -210,6 +213,23 @@ def test_few_shot_sizes_are_nested_and_counted(plan, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_method_with_a_backbone_of_its_own_stands_in_the_same_tables(plan, tmp_path):
+    path = plan(methods=["medsam", "medsam_whole"])
+    table = launcher.experiment(path, tmp_path / "out").read_text()
+    assert table.count("| MedSAM recipe |") == table.count("| MedSAM recipe, whole model |") >= 1
+    evaluations = tmp_path / "out" / "evaluation" / "fold0"
+    assert {path.name for path in evaluations.iterdir()} == {"gt_box", "gt_box_sam_whole"}
+    assert "AdamW (weight decay 0.01)" in (evaluations / "gt_box_sam_whole" / "report.html").read_text()
+    with (tmp_path / "out" / "cases.csv").open(newline="") as file:
+        keys = [
+            tuple(row[name] for name in ("method", "seed", "case_id", "metric", "region", "class"))
+            for row in csv.DictReader(file)
+        ]
+    assert len(set(keys)) == len(keys)  # guesses and zero-shot SAM stand there once
+    assert sorted(path.name for path in (tmp_path / "out").glob("features*")) == ["features", "features_sam_whole"]
+
+
+@pytest.mark.slow
 def test_corrupted_test_cases(plan, tmp_path):
     path = plan(corruptions={"names": ["gaussian_noise"], "levels": [1, 5]})
     table = launcher.experiment(path, tmp_path / "out").read_text()
@@ -278,8 +298,11 @@ def test_names_of_calibrated_methods():
         *("sam_ft", "sam_ft+ts", "sam_ft+lts", "calsam+dirichlet")
     ]
     assert methods.display("mbls+lts") == "MbLS + LTS" and methods.base("mbls+dirichlet") == "mbls"
-    with pytest.raises(UsageError, match="--calibrators=vector: give some of dirichlet, local_temperature, temp"):
-        trained_runs.check_calibrators(["vector"])
+    trained_runs.check_calibrators(calibrators.names())  # each has a name in tables
+    with pytest.raises(
+        UsageError, match="--calibrators=vector,vector: give some of dirichlet, image_temp.*, each once"
+    ):
+        trained_runs.check_calibrators(["vector", "vector"])
 
 
 def test_a_damaged_table_is_refused(tmp_path):

@@ -162,6 +162,26 @@ def test_a_bundle_is_evaluated_as_its_run(run, new_cases, tmp_path):
         evaluate.evaluate([folder], tmp_path / "nothing")
 
 
+def test_a_bundles_own_calibrator_is_shown_whatever_its_kind(run, new_cases, tmp_path):
+    """Of a spatial one, which sees the image, it is the one that predict applies."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    calibrate.calibrate(copy, "local_temperature(epochs=2, learning_rate=0.05)", "dilated")
+    folder = export.export(copy, tmp_path / "bundle", **WHAT)
+    done = evaluate.evaluate([folder], tmp_path / "evaluation", str(new_cases))
+    assert {row.method for row in done.rows} == {"vanilla_sam", "sam_ft", "sam_ft+lts"}
+    (kept,) = json.loads((tmp_path / "evaluation" / "calibrators.json").read_text())
+    assert (kept["calibrator"], kept["voxels"]) == (
+        "local_temperature",
+        storage.load(folder / "calibrator.json")[1]["voxels"],
+    )
+    brier = {
+        row.method: row.value
+        for row in done.rows
+        if (row.case_id, row.metric, row.region, row.class_name) == (done.rows[0].case_id, "Brier", "all", "all")
+    }
+    assert brier["sam_ft"] != brier["sam_ft+lts"]
+
+
 def test_the_encoder_can_be_left_out_and_put_back(run, weights, new_cases, tmp_path):
     folder = export.export(run, tmp_path / "bundle", **WHAT, encoder="reference")
     assert not (folder / "encoder").exists()
@@ -224,7 +244,7 @@ def test_the_page_is_right(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     exec(compile(code, "docs/bundle.md", "exec"), {})
-    assert capsys.readouterr().out == "['whole_tumour'] ['T1c', 'T2', 'FLAIR'] 64\n"
+    assert capsys.readouterr().out == "['whole_tumour'] (1, 96, 120)\n"
 
 
 @pytest.mark.parametrize("script", sorted(set(re.findall(r"-m launch\.(\w+)", PAGE))))

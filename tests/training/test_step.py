@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from calsegx import configs, losses, sharding
@@ -43,6 +44,34 @@ def test_learning_rate_and_warmup():
     np.testing.assert_allclose(shares, [0, 0.5, 1, 1])
     config.fisher.warmup_fraction = 0.0
     assert train_step.warmup(config, jnp.asarray(0)) == 1
+
+
+def test_the_optimizer_is_adam_or_with_weight_decay_adamw():
+    params = {"kernel": jnp.asarray([1.0, -2.0]), "unused": jnp.asarray([3.0])}
+    grads = {"kernel": jnp.asarray([0.3, 0.1]), "unused": jnp.zeros(1)}
+
+    def after(**options):
+        config = toy.config(steps=10)
+        config.optimizer = configs.OptimizerConfig(learning_rate=1e-2, **options)
+        optimizer = train_state.make_optimizer(config)
+        state, found = optimizer.init(params), params
+        for _ in range(3):
+            updates, state = optimizer.update(grads, state, found)
+            found = optax.apply_updates(found, updates)
+        return found, state
+
+    (plain, state), (decayed, _) = after(), after(weight_decay=0.1)
+    schedule = train_state.learning_rate(toy.config(steps=10))
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b1=0.9, b2=0.999))
+    assert jax.tree.structure(state) == jax.tree.structure(adam.init(params))  # older checkpoints fit
+    rates = 1e-2 * (1 + np.cos(np.pi * np.arange(3) / 10)) / 2
+    np.testing.assert_array_equal(plain["unused"], params["unused"])
+    np.testing.assert_allclose(decayed["unused"], 3 * np.prod(1 - 0.1 * rates), rtol=1e-6)
+    kernel = np.asarray(params["kernel"], np.float64)  # Adam's share of a step does not depend on the parameters
+    shares = np.asarray([1.0, 1.0]) * -rates[:, None]
+    for rate, share in zip(rates, shares, strict=True):
+        kernel += share - rate * 0.1 * kernel
+    np.testing.assert_allclose(decayed["kernel"], kernel, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def load_backbone(folder: Path | None, num_classes: int, *, dtype: str = "float3
     config, params = weights.load(folder)
 
     def encode(encoder: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
-        return model.encode(config, encoder, images, dtype=jnp.dtype(dtype))
+        # checkpoint: sam_whole differentiates it; a forward pass is the same either way.
+        return model.encode(config, encoder, images, dtype=jnp.dtype(dtype), checkpoint=True)
 
     def encode_in_parts(encoder: Params, images: Float[Array, "b H W 3"], whole: Whole) -> Float[Array, "b h w c"]:
         stored = encoder["image_encoder"]

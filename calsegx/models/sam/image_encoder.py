@@ -19,12 +19,14 @@ class ImageEncoder(nn.Module):
     """``images [B, H, W, 3]`` (normalised, padded) -> ``image_embeddings [B, h, w, out_chans]``.
 
     ``whole(name, params, x)`` makes a block's parameters whole where they are stored in parts; it is given the block's
-    input, so that it can wait for it.
+    input, so that it can wait for it.  With ``checkpoint`` a backward pass keeps the input of every block alone and
+    computes the rest of it again.
     """
 
     config: SamConfig
     dtype: jnp.dtype = jnp.float32
     whole: Callable[[str, Any, Array], Any] | None = None
+    checkpoint: bool = False
 
     @nn.compact
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
@@ -53,7 +55,7 @@ class ImageEncoder(nn.Module):
     def _block(self, name: str, x: Float[Array, "b h w c"]) -> Any:
         whole = self.whole
         if whole is None:
-            return Block
+            return nn.remat(Block) if self.checkpoint else Block
         return nn.map_variables(Block, "params", trans_in_fn=lambda variables: whole(name, variables, x))
 
 

@@ -45,6 +45,7 @@ def encode(
     images: Float[Array, "b H W 3"],
     dtype: jnp.dtype = jnp.float32,
     whole: Callable[[str, Any, Array], Any] | None = None,
+    checkpoint: bool = False,
 ) -> Float[Array, "b h w c"]:
     """Image embeddings of normalised, padded frames.
 
@@ -56,6 +57,7 @@ def encode(
         images: sides are multiples of the patch size.
         dtype: what the encoder computes in; with bfloat16, softmax, LayerNorm, GELU and logits stay in float32.
         whole: for blocks whose parameters are stored in parts, see ``ImageEncoder``.
+        checkpoint: for less memory where the encoder is trained: a quarter more arithmetic (ViT-B), the same numbers.
 
     Raises:
         UsageError: for sides that are not multiples of the patch size.
@@ -65,7 +67,7 @@ def encode(
             f"Frames of {images.shape[1]} x {images.shape[2]} pixels are not whole patches of {config.patch_size}; "
             "pad them (sam.preprocess makes square frames of config.image_size)."
         )
-    return _apply(ImageEncoder(config, dtype, whole), params["image_encoder"], images.astype(dtype))
+    return _apply(ImageEncoder(config, dtype, whole, checkpoint), params["image_encoder"], images.astype(dtype))
 
 
 def decode(
@@ -81,11 +83,12 @@ def decode(
 
     Args:
         config: sizes of the model.
-        params: of the whole SAM.
+        params: of the whole SAM; or, of ``bundle.load_sam``, with a ``class_decoder`` in place of ``mask_decoder``.
         z: features of B images; those of one image serve any number of groups.
         prompts: B groups; or, with a further axis behind the first (points ``[B, N, P, 2]``, labels ``[B, N, P]``,
             boxes ``[B, N, 4]``, masks ``[B, N, 4h, 4w, 1]``), N groups per image: the results then have it too.
-        multimask: keep masks 1..3 (M = 3), otherwise mask 0 (M = 1), as in Meta's model.
+        multimask: keep masks 1..3 (M = 3), otherwise mask 0 (M = 1), as in Meta's model.  A class decoder gives one
+            mask for each of its classes either way.
         ignore_padding: points with label -1 only fill a batch up: nothing attends to them, so that the masks are
             those of the points without them.  False: they are "not a point" tokens that take part, Meta's letter.
 
@@ -96,9 +99,11 @@ def decode(
     flat = jax.tree.map(lambda x: x.reshape(math.prod(groups), *x.shape[len(groups) :]), prompts)
     z = jnp.repeat(z, math.prod(groups) // z.shape[0], axis=0)
     embeddings = embed_prompts(config, params["prompt_encoder"], z, flat, ignore_padding=ignore_padding)
-    logits, iou = decode_tokens(config, params["mask_decoder"], z, embeddings)
-    keep = slice(1, None) if multimask else slice(0, 1)
-    logits, iou = logits[:, keep], iou[:, keep]
+    if "class_decoder" in params:
+        logits, iou = decode_tokens(config, params["class_decoder"], z, embeddings)
+    else:
+        keep = slice(1, None) if multimask else slice(0, 1)
+        logits, iou = (found[:, keep] for found in decode_tokens(config, params["mask_decoder"], z, embeddings))
     return logits.reshape(*groups, *logits.shape[1:]), iou.reshape(*groups, *iou.shape[1:])
 
 

@@ -161,7 +161,7 @@ def load(folder: Path | str) -> tuple[SamConfig, Params]:
         if not (folder / name).is_file():
             raise DataError(
                 f"{folder} is not a weights folder: {name} is missing; give a folder that holds "
-                f"{', '.join(FILES)} and SHA256SUMS."
+                f"{', '.join(FILES)} and SHA256SUMS (a bundle of launch.export: calsegx.bundle.load_sam)."
             )
     verify(folder)
     try:
