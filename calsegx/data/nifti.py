@@ -207,18 +207,33 @@ def read_grid(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]]:
     Raises:
         DataError: for a file without a readable header, or without an affine.
     """
-    require_file(path)
-    try:
-        with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as stream:
-            header = _header(path, stream.read(nibabel.Nifti2Header.sizeof_hdr))
-        shape = _three_axes(header.get_data_shape())
-    except (EOFError, zlib.error, *_HEADER_ERRORS) as error:
-        raise DataError(f"{path} has no readable header ({error}); copy or download it again.") from error
+    header, shape = _read_header(path)
+    shape = _three_axes(shape)
     affine = affine_mm(path, header)
     target = orientations.axcodes2ornt(WORKING_AXES["axial"])
     order = np.argsort(orientations.ornt_transform(orientations.io_orientation(affine), target)[:, 0])
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     return tuple(shape[axis] for axis in order), tuple(float(spacing[axis]) for axis in order)
+
+
+def count_volumes(path: Path) -> int:
+    """How many volumes a file holds, from the header alone.
+
+    Raises:
+        DataError: for a file without a readable header.
+    """
+    return math.prod(_read_header(path)[1][3:])
+
+
+def _read_header(path: Path) -> tuple[nibabel.Nifti1Header, tuple[int, ...]]:
+    """The header and the shape it gives, without the voxels."""
+    require_file(path)
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as stream:
+            header = _header(path, stream.read(nibabel.Nifti2Header.sizeof_hdr))
+        return header, header.get_data_shape()
+    except (EOFError, zlib.error, *_HEADER_ERRORS) as error:
+        raise DataError(f"{path} has no readable header ({error}); copy or download it again.") from error
 
 
 def _header(path: Path, content: bytes) -> nibabel.Nifti1Header:
