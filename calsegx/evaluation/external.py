@@ -140,8 +140,8 @@ class Predictions:
         expected = tuple(reference.voxels.shape[int(axis)] for axis in transform[::-1, 0])
         if array.shape[1:] != expected:
             raise DataError(
-                f"{path} has the shape {array.shape}; expected channels and {expected}, the voxels of {image.name} along "
-                f"z, y and x, {axes}; save probabilities of the whole image (nnU-Net v1 crops them: give its masks)."
+                f"{path} has the shape {array.shape}; expected channels and {expected}, the voxels of {image.name} "
+                f"along z, y and x, {axes}; save probabilities of the whole image (nnU-Net v1 crops them: give its masks)."
             )
         return np.stack([orientations.apply_orientation(values.T, transform) for values in array])
 
