@@ -141,7 +141,8 @@ class Predictions:
         if array.shape[1:] != expected:
             raise DataError(
                 f"{path} has the shape {array.shape}; expected channels and {expected}, the voxels of {image.name} "
-                f"along z, y and x, {axes}; save probabilities of the whole image (nnU-Net v1 crops them: give its masks)."
+                f"along z, y and x, {axes}; save probabilities of the whole image (nnU-Net v1 crops them: give its "
+                "masks)."
             )
         return np.stack([orientations.apply_orientation(values.T, transform) for values in array])
 
@@ -281,7 +282,7 @@ def check(given: Mapping[str, Path]) -> None:
 def _load_npz(path: Path) -> np.ndarray:
     """float32 ``[C, z, y, x]``."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with path.open("rb") as stream, np.lib.npyio.NpzFile(stream, allow_pickle=False) as content:
             key = next((key for key in _KEYS if key in content), None)
             if key is None:
                 raise DataError(
