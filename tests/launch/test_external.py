@@ -5,12 +5,14 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from calsegx.data import images
 from calsegx.evaluation import external, marks, methods, study, verdict
 from calsegx.interfaces import DataError, UsageError
+from calsegx.training import model_folder
 from launch import components, evaluate, train
 from launch import experiment as launcher
 from tests.launch.test_bad_input import run
@@ -20,68 +22,64 @@ TOOL = "nnU-Net"
 
 
 @pytest.fixture(scope="module")
-def evaluated(config, tmp_path_factory):
-    """A run, its evaluation, and its predictions in the form of nnU-Net v2's results."""
+def folder(config, tmp_path_factory):
+    """A run, and its predictions of the test cases in the form of nnU-Net v2's results."""
     folder = tmp_path_factory.mktemp("external")
     train.train(config, folder / "run")
-    results, score = folder / "results", study.score
-    results.mkdir()
-
-    def keep(work, subject, method, seed, probabilities, *rest):
-        if method == "sam_ft":
-            image = images.read(next(iter(subject.case.images.values())))
-            both = np.concatenate([1 - probabilities.sum(axis=-1, keepdims=True), probabilities], axis=-1)
-            order, flips = image.orientation[:, 0].astype(int), image.orientation[:, 1].astype(int)
-            back = [slice(None, None, flips[list(order).index(axis)]) for axis in range(3)]
-            by_file = both[tuple(back)].transpose(*order, 3)  # not by the code under test
-            np.savez_compressed(results / f"{subject.case.case_id}.npz", probabilities=by_file.transpose(3, 2, 1, 0))
-        return score(work, subject, method, seed, probabilities, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "score", keep)
-        plain = evaluate.evaluate([folder / "run"], folder / "plain")
-    (results / "plans.json").write_text(json.dumps({"image_reader_writer": "SimpleITKIO"}))
-    return folder, plain
+    (folder / "results").mkdir()
+    params, record = model_folder.load(folder / "run")
+    parts = components.of_model(record, "")
+    cache = components.feature_cache(parts, folder / "run")
+    components.encode(parts, cache, [(case, 1) for case in parts.select("test")])
+    work = study.Study(cache, parts.backbone, parts.class_map, config.protocol, "scanner", parts.config.data)
+    params = jax.device_put(params)
+    for case in parts.select("test"):
+        subject = study.load(work, case)
+        ours = study.foreground(subject, study.slice_logits(work, work.decode, params, subject))
+        both = np.concatenate([1 - ours.sum(axis=-1, keepdims=True), ours], axis=-1)
+        # Back to the file's axes, not by the code under test.
+        order, flips = images.read(next(iter(case.images.values()))).orientation.astype(int).T
+        back = tuple(slice(None, None, flips[list(order).index(axis)]) for axis in range(3))
+        by_file = both[back].transpose(*order, 3)
+        path = folder / "results" / f"{case.case_id}.npz"
+        np.savez_compressed(path, probabilities=by_file.transpose(3, 2, 1, 0))
+    (folder / "results" / "plans.json").write_text(json.dumps({"image_reader_writer": "SimpleITKIO"}))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def beside(evaluated):
+def beside(folder):
     """The evaluation with the results folder beside the run."""
-    folder, _ = evaluated
     return evaluate.evaluate([folder / "run"], folder / "beside", external={TOOL: folder / "results"})
 
 
-def test_the_rows_are_those_of_the_run(evaluated, beside):
+def test_the_rows_are_those_of_the_run(beside):
     ours = [row for row in beside.rows if row.method == "sam_ft"]
     theirs = [row for row in beside.rows if row.method == TOOL]
     assert [str(dataclasses.replace(row, method="sam_ft", seed=ours[0].seed)) for row in theirs] == [*map(str, ours)]
     assert len(theirs) > 100 and {row.seed for row in theirs} == {study.NO_SEED}
-    assert [str(row) for row in beside.rows if row.method != TOOL] == [*map(str, evaluated[1].rows)]
     for (method, domain, region), sums in beside.statistics.items():
         if method == TOOL:
             assert sums.ece() == beside.statistics["sam_ft", domain, region].ece()
 
 
-def test_it_stands_in_everything_that_is_written(evaluated, beside):
-    folder = evaluated[0] / "beside"
-    html, table = (folder / "report.html").read_text(), (folder / "table.md").read_text()
+def test_it_stands_in_everything_that_is_written(folder, beside):
+    written = folder / "beside"
+    html, table = (written / "report.html").read_text(), (written / "table.md").read_text()
     lines = [line for line in table.splitlines() if line.startswith(f"| {TOOL} |")]
     assert lines and not any("±" in line for line in lines)
     assert "nnU-Net: 4 cases of probabilities (.npz) from the folder results, SHA-256" in html
-    about = json.loads((folder / "summary.json").read_text())["calsegx"]["external"]
+    about = json.loads((written / "summary.json").read_text())["calsegx"]["external"]
     assert [(one["method"], one["folder"], one["kinds"]) for one in about] == [(TOOL, "results", {external.NPZ: 4})]
-    assert f"| {TOOL} |" in table and TOOL in (folder / "table.tex").read_text()
-    assert str(evaluated[0]) not in html  # the folder's name alone
+    assert TOOL in (written / "table.tex").read_text()
+    assert str(folder) not in html  # the folder's name alone
     found = {c.method for c in beside.comparisons}
     assert TOOL in found and not methods.is_ours(TOOL)
     assert marks.strongest(beside.rows, "A", ["B"]) is not None
-    assert any(
-        sentence.startswith(f"Seeds: one ({evaluated[1].rows[-1].seed})") for sentence in verdict.verdict(beside)
-    )
+    assert any(sentence.startswith("Seeds: one (42)") for sentence in verdict.verdict(beside))
 
 
-def test_a_missing_case_is_named_before_the_encoder_runs(evaluated, tmp_path, monkeypatch):
-    folder, _ = evaluated
+def test_a_missing_case_is_named_before_the_encoder_runs(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "results", tmp_path / "results")
     lost = sorted((tmp_path / "results").glob("*.npz"))[0]
     lost.unlink()
@@ -93,6 +91,7 @@ def test_a_missing_case_is_named_before_the_encoder_runs(evaluated, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_flag_is_checked_first(tmp_path):
     code, stderr = run("evaluate", f"--workdir={tmp_path / 'x'}", "--runs=/nowhere", "--external=nnU-Net")
     assert code == 2 and "expected NAME=FOLDER" in stderr and not (tmp_path / "x").exists()
