@@ -10,6 +10,7 @@
     few_shot: [2, 4, 8]                         # training subjects, drawn by each seed
     corruptions: {names: [motion], levels: [1, 3, 5]}         # of launch.corrupt, on the test cases
     grid: {lambda1: [0.05, 0.1], lambda2: [0.5], margin: [5, 10], steps: [50, 100], rule: {lowest: ECE, region: p>0.01}}
+    external: {nnU-Net: predictions/fold{fold}} # other tools' predictions of the test cases, by what to call the tool
 
 Only ``methods`` is required.  A grid is searched on the validation cases of the source alone, with the first seed.
 """
@@ -51,7 +52,7 @@ ALWAYS = ("prompt_only", "vanilla_sam")  # in every evaluation, nothing is train
 CALIBRATORS = {"ts": "temperature", "lts": "local_temperature", "dirichlet": "dirichlet"}
 BASELINE = "sam_ft"
 GRID = {"lambda1": float, "lambda2": float, "margin": float, "steps": int}  # what may be searched, and its values
-KEYS = ("methods", "seeds", "folds", "config", "prompts", "few_shot", "corruptions", "grid")
+KEYS = ("methods", "seeds", "folds", "config", "prompts", "few_shot", "corruptions", "grid", "external")
 RULE_METRICS, RULE_REGIONS = ("ECE", "Brier", "NLL"), ("p>0.01", "dilated", "all")
 
 
@@ -84,6 +85,7 @@ class Plan:
     levels: tuple[str, ...] = ()
     grid: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)  # lambda1, lambda2, margin, steps
     rule: Rule = Rule()
+    external: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> folder, with {fold} for its number
 
     def settings(self, method: str, weights: Mapping[str, float]) -> configs.TrainConfig:
         """The training of a method, with a candidate of the grid."""
@@ -159,7 +161,7 @@ def read(path: Path, root: str = "") -> Plan:
     levels = _list(shift, "levels", f"{path}: corruptions", int, (1, 2, 3, 4, 5)) if shift else ()
     plan = Plan(
         *(methods, calibrators, seeds, protocol, options, config),
-        *(prompts, few_shot, names, tuple(map(str, levels)), grid, rule),
+        *(prompts, few_shot, names, tuple(map(str, levels)), grid, rule, _external(top, path)),
     )
     for method in methods:
         for weights in plan.candidates(method):
@@ -234,6 +236,19 @@ def _grid(given: Any, methods: Iterable[str], path: Path) -> tuple[dict[str, tup
     for name in set(found) - {name for method in methods for name in _searched(method)}:
         raise UsageError(f"{where}: {name} belongs to none of the methods; leave it out, or add one that has it.")
     return found, rule
+
+
+def _external(top: Mapping[str, Any], path: Path) -> dict[str, str]:
+    given = top.get("external") or {}
+    if not isinstance(given, Mapping) or not all(isinstance(v, str) for pair in given.items() for v in pair):
+        raise UsageError(f"{path}: external must be names and folders, e.g. {{nnU-Net: FOLDER}}; it is {given!r:.60}.")
+    for other in ("few_shot", "corruptions"):
+        if given and top.get(other):
+            raise UsageError(
+                f"{path}: external predictions are of the test cases as they are, by one training; evaluate them in a "
+                f"plan without {other}."
+            )
+    return dict(given)
 
 
 def _mapping(given: Any, where: str, known: Iterable[str]) -> Mapping[str, Any]:

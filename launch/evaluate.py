@@ -10,11 +10,14 @@ last, ``SHA256SUMS``, which ``sha256sum --check`` reads.  With ``--prompt_jitter
 A model bundle can stand in place of a run, with ``--data``: it brings no training and validation cases, so no guesses
 and no calibrators are fitted; it is shown with the calibrator that it brings.
 ``--calibrators=temperature,dirichlet`` shows every run with each of them (``calibrators.json``: those but temperature).
+``--external=nnU-Net=FOLDER`` scores another tool's predictions of the test cases by the same code, as a baseline
+(``calsegx/evaluation/external.py``: which files).
 """
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +34,7 @@ from calsegx.data import cases as case_tools
 from calsegx.data import images
 from calsegx.data.corruptions import manifest
 from calsegx.evaluation import evaluate as case_metrics
+from calsegx.evaluation import external as external_files
 from calsegx.evaluation import gallery, latex, marks, methods, report, robustness, study, tables
 from calsegx.interfaces import Case, UsageError
 from calsegx.training import progress
@@ -55,6 +59,7 @@ def evaluate(
     prompt_draws: int = 3,
     calibrators: Sequence[str] = ("temperature",),
     names: Sequence[str] = (),
+    external: Mapping[str, Path] | None = None,
 ) -> report.Record:
     """Score every test case and write the evaluation folder; of several processes each scores its share.
 
@@ -67,8 +72,10 @@ def evaluate(
         prompt_draws: how often for each amount.
         calibrators: to show every run with, each fitted on the validation cases with its defaults.
         names: what to call the runs' methods; empty: by method, loss and weights.
+        external: folders of other tools' predictions of the test cases, by what to call the tool.
     """
     trained_runs.check_calibrators(calibrators)
+    external_files.check(external or {})
     folders = [bundle.resolve(folder) for folder in folders]
     runs, first = trained_runs.read_runs(folders, protocol, names), jax.process_index() == 0
     robustness.check(prompt_jitter, prompt_draws, runs.configs[0].protocol)
@@ -84,6 +91,11 @@ def evaluate(
 
     trained_runs.check_unseen(runs.record, test, same_dataset=not root)
     trained_runs.check_validation(runs.record, val)
+    others = [
+        external_files.Predictions(name, folder, home.class_map, config.data.slice_axis)
+        for name, folder in (external or {}).items()
+    ]
+    surveys = [other.survey(test) for other in others]
     features = components.feature_cache(home, workdir if bundled else folders[0])
     components.encode(home, features, [(case, 1) for case in (*train, *val)])
     domain_column = config.data.domain if root or config.data.source else ""
@@ -103,6 +115,7 @@ def evaluate(
     components.encode(away, work.cache, [(case, 1) for case in test])
 
     shown = gallery.shown_methods(runs.models)
+    pictured = [*shown, *((other.method, study.NO_SEED) for other in others)]
 
     def score(case: Case) -> exchange.Scored:
         subject = study.load(work, case)
@@ -110,9 +123,10 @@ def evaluate(
         image = functools.cache(lambda: _calibrator_image(away)(case))
         again = robustness.score(work, subject, runs.models, fits, prompt_jitter, prompt_draws, image)
         scored = exchange.Scored([], {}, gallery.snapshot(subject, work.domain(case)), again)
-        for found in study.predictions(work, subject, runs.models, fits, guesses, image):
+        theirs = ((other.method, study.NO_SEED, other.read(case)) for other in others)
+        for found in itertools.chain(study.predictions(work, subject, runs.models, fits, guesses, image), theirs):
             scored.rows.extend(study.score(work, subject, *found, scored.statistics))
-            gallery.add(scored.picture, *found, shown)
+            gallery.add(scored.picture, *found, pictured)
         return scored
 
     rows: list[case_metrics.Row] = []
@@ -145,7 +159,7 @@ def evaluate(
         source=source,
         targets=sorted({row.domain for row in rows} - {source}),
         domain_kind=domain_column,
-        description=_describe(home, away, runs, splits, fits, guesses),
+        description=_describe(home, away, runs, splits, fits, guesses, surveys),
         statistics=statistics,
         logs=runs.logs,
         gallery=gallery.pictures(snapshots, rows, shown[-1], domain_column, read_slice),
@@ -153,6 +167,7 @@ def evaluate(
         reviewed=f"{methods.display(shown[-1][0])}, seed {shown[-1][1]}",
         protocol=config.protocol,
         jittered=robustness.lines(rows, moved) if moved else [],
+        external=[other.method for other in others],
     )
     if first:
         about = {
@@ -160,6 +175,7 @@ def evaluate(
             "dataset": away.dataset.root.name,
             "domain_kind": domain_column,
             "models": [{"method": m.method, "seed": m.seed, "decoder_sha256": m.decoder_sha256} for m in runs.models],
+            **({"external": [dataclasses.asdict(survey) for survey in surveys]} if surveys else {}),
         }
         _write(workdir, record, home.class_map.names, shown[-1][0], fits, about)
     return record
@@ -176,6 +192,7 @@ def _describe(
     splits: Mapping[str, Sequence[Case]],
     fits: study.Fits,
     guesses: Mapping[str, Any],
+    surveys: Sequence[external_files.Survey],
 ) -> dict[str, str]:
     """What was run, for the head of the report."""
     config, data = parts.config, parts.config.data
@@ -223,6 +240,7 @@ def _describe(
         "Temperatures (validation, NLL)": fitted or "none",
         **({"Other calibrators (validation, NLL)": ", ".join(others)} if others else {}),
         **_disc(guesses),
+        **({"External predictions (all slices, as they are)": "; ".join(map(str, surveys))} if surveys else {}),
         "Versions": f"calsegx {calsegx.__version__}, jax {jax.__version__}, Python {platform.python_version()}, "
         f"{jax.device_count()} {jax.devices()[0].device_kind}",
     }
@@ -290,7 +308,7 @@ def _write(
 
 
 def define_flags() -> None:
-    """``--runs``, ``--workdir``, ``--data``, ``--protocol``, ``--prompt_*`` and those of several processes."""
+    """``--runs``, ``--workdir``, ``--data``, ``--external``, ``--prompt_*`` ... and those of several processes."""
     common.define_processes()
     flags.DEFINE_list("runs", None, "Folders of trained runs, separated by commas.", required=True)
     common.define_folder("workdir", "Folder to write the evaluation to.")
@@ -298,6 +316,7 @@ def define_flags() -> None:
     flags.DEFINE_string("protocol", "", "The prompt protocol to expect; another one than the models' is refused.")
     flags.DEFINE_list("prompt_jitter", [], "Also score with moved prompts: shares of the frame's side, e.g. 0.01,0.05.")
     flags.DEFINE_list("calibrators", ["temperature"], "Of temperature, local_temperature, dirichlet: for every run.")
+    flags.DEFINE_list("external", [], "NAME=FOLDER,...: score other tools' predictions of the test cases, as NAME.")
     flags.DEFINE_integer("prompt_draws", 3, "How often prompts are moved for each amount.", lower_bound=1)
 
 
@@ -311,7 +330,10 @@ def main() -> None:
         given = ",".join(arguments.prompt_jitter)
         raise UsageError(f"--prompt_jitter={given} must be numbers, separated by commas.") from error
     jitter = amounts, arguments.prompt_draws
-    record = evaluate(runs, workdir, arguments.data, arguments.protocol, *jitter, arguments.calibrators)
+    external = external_files.parse(arguments.external)
+    record = evaluate(
+        *(runs, workdir, arguments.data, arguments.protocol, *jitter, arguments.calibrators), external=external
+    )
     if jax.process_index():
         return
     print(report.headline(record))

@@ -21,9 +21,9 @@ from absl import flags
 from calsegx import configs, files, locks
 from calsegx import experiment as plans
 from calsegx.data import cases as case_tools
-from calsegx.data import folds, splits
+from calsegx.data import classes, folds, splits
 from calsegx.data.corruptions import manifest
-from calsegx.evaluation import methods, pooled, tables
+from calsegx.evaluation import external, methods, pooled, tables
 from calsegx.interfaces import DataError, Dataset, UsageError
 from calsegx.training import checkpoints, interruption, model_folder, progress
 from launch import common, components, corrupt, evaluate, grid_search, split, train
@@ -114,11 +114,13 @@ def experiment(path: Path, workdir: Path, root: str = "") -> Path:
     with locks.exclusive(workdir):
         settings = make_settings(plan, dataset, workdir)
         known = [cell for setting in settings for cell in _cells(plan, setting, workdir)]
+        folds_of = {setting.number: setting for setting in settings} if plan.external else {}
+        others = {number: _others(plan, s, workdir, parts.class_map) for number, s in folds_of.items()}
         trainer = Trainer(_count(plan) * len(settings), sum(map(is_finished, known)))
         found = []
         for setting in settings:
             cells = _trained(plan, setting, workdir, trainer)
-            found += _evaluated(plan, setting, cells, workdir)
+            found += _evaluated(plan, setting, cells, workdir, others=others.get(setting.number, ()))
             if names:
                 found += _evaluated(plan, setting, cells, workdir, shift)
         found = pooled.joined(found)
@@ -276,16 +278,30 @@ def _chosen(plan: plans.Plan, setting: Setting, tried: Mapping[str, Sequence[Cel
     return chosen
 
 
+def _others(
+    plan: plans.Plan, setting: Setting, workdir: Path, class_map: classes.ClassMap
+) -> list[tuple[Path, external.Survey]]:
+    """Other tools' predictions of a fold's test cases, all read before anything is trained."""
+    folders = {name: Path(folder.replace("{fold}", str(setting.number))) for name, folder in plan.external.items()}
+    external.check(folders)
+    data = _cell(plan, setting, workdir, plan.methods[0], {}, plan.seeds[0]).config.data
+    test = [case for case in case_tools.select(case_tools.load(data), data, "test") if case.label is not None]
+    found = [external.Predictions(name, folder, class_map, data.slice_axis) for name, folder in folders.items()]
+    return [(one.folder, one.survey(test)) for one in found]
+
+
 def _evaluated(
     plan: plans.Plan,
     setting: Setting,
     cells: Sequence[Cell],
     workdir: Path,
     make_shift: Callable[[configs.DataConfig, Path], object] | None = None,
+    others: Sequence[tuple[Path, external.Survey]] = (),
 ) -> list[pooled.Part]:
     """Evaluations of the cells, one for each prompt protocol, backbone and, where seeds train on other subjects, seed.
 
     ``make_shift`` writes the shifted test cases of a fold into a folder, which are evaluated in place of the fold's.
+    ``others`` are folders of other tools' predictions.
     """
     groups: dict[tuple[str, str, int | None], list[Cell]] = {}
     for cell in cells:
@@ -302,6 +318,7 @@ def _evaluated(
             ],
             "calibrators": list(plan.calibrators),
             "corruptions": [list(plan.corruptions), list(plan.levels)] if make_shift else [],
+            **({"external": [[survey.method, survey.sha256] for _, survey in others]} if others else {}),
         }
 
         def work(members=members, folder=folder, shifted=shifted) -> None:
@@ -314,6 +331,7 @@ def _evaluated(
                 str(shifted or ""),
                 calibrators=plan.calibrators,
                 names=[cell.method for cell in members],
+                external={survey.method: folder for folder, survey in others},
             )
 
         _once(folder / "asked.json", asked, work, [folder / "cases.csv"], again=True)

@@ -33,6 +33,7 @@ _BASE_NAMES = {
     "label_smoothing": "Label smoothing",
     "ecp": "ECP",
 }
+KNOWN = tuple(_BASE_NAMES)  # without their calibrators
 PROMPT_ONLY = ("prompt_only_disc", "prompt_only_ellipse")
 VANILLA = "vanilla_sam"
 UNTRAINED = (*PROMPT_ONLY, VANILLA)

@@ -45,6 +45,7 @@ class Record:
     reviewed: str = ""  # the method (and seed) whose confidence it is
     protocol: str = "gt_points"  # how prompts were placed
     jittered: Sequence[robustness.Line] = ()  # with prompts that were moved at random; empty: not asked for
+    external: Sequence[str] = ()  # methods that are other tools' predictions
 
     @property
     def every_slice(self) -> bool:
@@ -53,7 +54,10 @@ class Record:
 
     @functools.cached_property
     def comparisons(self) -> list[compare.Comparison]:
-        """Every other training (each without and with TS) against SAM-FT without and with TS, on ``COMPARED``."""
+        """Every other training (each without and with TS) against SAM-FT without and with TS, on ``COMPARED``.
+
+        Other tools' predictions are compared like trainings.
+        """
         rows = compare.index(self.rows)
         present = methods.order(row.method for row in self.rows)
         scaled = methods.BASELINE + methods.CALIBRATED
@@ -338,7 +342,8 @@ def _undefined(record: Record) -> list[str]:
 
 
 def _seeds(record: Record) -> str:
-    seeds = sorted({r.seed for r in record.rows if methods.base(r.method) not in methods.UNTRAINED})
+    without = (*methods.UNTRAINED, *record.external)
+    seeds = sorted({r.seed for r in record.rows if methods.base(r.method) not in without})
     if not seeds:
         return "Seeds: no trained method was evaluated."
     if len(seeds) == 1:

@@ -112,6 +112,9 @@ GRID = {"lambda1": [0.1, 0.3], "lambda2": [0.5, 1], "rule": RULE}
         ({"grid": {"steps": [5], "rule": RULE}}, "steps belongs to none of the methods"),
         ({"prompts": ["gt_point"]}, "'gt_point' is not one of .* Did you mean 'gt_points'"),
         ({"prompts": ["gt_points"], "methods": ["medsam"]}, "medsam has its own prompts"),
+        ({"external": ["predictions"]}, "external must be names and folders"),
+        ({"external": {"nnU-Net": "x"}, "few_shot": [2]}, "evaluate them in a plan without few_shot"),
+        ({"external": {"nnU-Net": "x"}, "corruptions": {"names": ["all"]}}, "in a plan without corruptions"),
         ({"prompts": ["gt_box"], "config": {"protocol": "gt_box", "data": {"root": "x"}}}, "both say how prompts"),
     ],
 )
