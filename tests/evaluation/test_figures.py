@@ -69,8 +69,8 @@ def test_fifteen_methods_with_long_names_leave_room_for_the_axes():
     many = {"A": {name: (0.7, 0.01 * i) for i, name in enumerate(names)}}
     few, many = (pixels(figures.dice_against_ece(points, "p>0.01")).shape for points in (few, many))
     assert many[1] > 1.3 * few[1] and many[0] > few[0]
-    styles = [tuple(figures.marker(name, index).values()) for index, name in enumerate(names[:10])]
-    assert len(set(styles)) == 10
+    styles = figures.method_styles([*names, "focal", "sam_ft"])
+    assert len({(style.colour, style.shape) for style in styles.values()}) == len(styles)
 
 
 def test_matplotlib_is_imported_only_when_something_is_drawn():
