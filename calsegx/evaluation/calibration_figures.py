@@ -1,5 +1,6 @@
 """Figures of a method's calibration: reliability diagrams and margins.  Style and rules are those of ``figures``."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ def reliability(curves: Mapping[str, calibration.CalibrationStatistics], title: 
         axes.set_ylabel("Accuracy")
     figure.suptitle(f"{figures.short(title, 26 * columns)}, region {region}", fontsize=10, fontweight="bold")
     _legend(figure, panels[0], 8)
-    return figures.to_png(figure)
+    return _few_colours(figure)
 
 
 def reliability_grid(rows: Mapping[str, Mapping[str, Panel]], title: str, xlabel: str, ylabel: str) -> bytes:
@@ -47,20 +48,23 @@ def reliability_grid(rows: Mapping[str, Mapping[str, Panel]], title: str, xlabel
         ylabel: what their accuracy is.
     """
     columns = list(next(iter(rows.values())))
-    figure = figures.canvas(1.45 * max(len(columns), 3) + 0.4, 1.62 * len(rows) + 0.9)
-    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
-    for row, (line, (domain, panels)) in enumerate(zip(grid, rows.items(), strict=True)):
-        for axes, (column, (curve, ece)) in zip(line, panels.items(), strict=True):
+    panels, width, height = (len(rows), len(columns)), 0.62 + 1.45 * max(len(columns), 3), 1.1 + 1.6 * len(rows)
+    figure, grid = _fixed(width, height, panels, {"left": 0.62, "right": 0.12, "top": 0.62, "bottom": 0.65})
+    for row, (line, (domain, found)) in enumerate(zip(grid, rows.items(), strict=True)):
+        for axes, (column, (curve, ece)) in zip(line, found.items(), strict=True):
             _diagram(axes, curve, markersize=2.5)
             text = "no voxels" if math.isnan(ece) else f"ECE {ece:.3f}"
             axes.set_title(text if row else f"{figures.short(column, 16)}\n{text}", fontsize=8)
-            axes.tick_params(labelsize=7)
+            axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=7)
+            axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"], fontsize=7)
         line[0].set_ylabel(f"{figures.short(domain, 24)}\n{ylabel}", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel(xlabel, fontsize=7)
-    figure.suptitle(figures.short(title, 22 * max(len(columns), 3)), fontsize=10, fontweight="bold")
-    _legend(figure, grid[0, 0], 7)
-    return figures.to_png(figure)
+    figure.suptitle(
+        figures.short(title, 22 * max(len(columns), 3)), fontsize=10, fontweight="bold", y=1 - 0.08 / height
+    )
+    _legend(figure, grid[0, 0], 7, "lower center")
+    return _few_colours(figure)
 
 
 def margin_histograms(counts: Mapping[str, Int[np.ndarray, "2 BINS"]], title: str, limit: float) -> bytes:
@@ -71,13 +75,13 @@ def margin_histograms(counts: Mapping[str, Int[np.ndarray, "2 BINS"]], title: st
         title: of the figure.
         limit: half the width of the axis in nats, as from ``margin_limit``.
     """
-    figure = figures.canvas(2.6 * max(len(counts), 2) + 0.4, 2.75)
-    panels = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
+    inches = {"left": 0.62, "right": 0.12, "top": 0.5, "bottom": 0.68}
+    figure, panels = _fixed(0.74 + 2.55 * max(len(counts), 2), 2.75, (1, len(counts)), inches)
     styles: Sequence[dict[str, Any]] = (
         {"color": figures.BLUE, "fill": True, "alpha": 0.35, "linewidth": 0},
         {"color": figures.VERMILION, "linewidth": 1.5},
     )
-    for axes, (domain, found) in zip(panels, counts.items(), strict=True):
+    for axes, (domain, found) in zip(panels[0], counts.items(), strict=True):
         total = found.sum(axis=-1)
         for kind, values, voxels, style in zip(margins.KINDS, found, total, styles, strict=True):
             share = values / max(voxels, 1)
@@ -93,15 +97,15 @@ def margin_histograms(counts: Mapping[str, Int[np.ndarray, "2 BINS"]], title: st
         axes.set(yscale="log", ylim=(_LEAST_SHARE, 1), xlim=(-limit, limit))
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("Share of voxels per bin", fontsize=8)
-    figure.suptitle(figures.short(title, 32 * max(len(counts), 2)), fontsize=10, fontweight="bold")
-    _legend(figure, panels[0], 8)
-    return figures.to_png(figure)
+    panels[0, 0].set_ylabel("Share of voxels per bin", fontsize=8)
+    figure.suptitle(figures.short(title, 32 * max(len(counts), 2)), fontsize=10, fontweight="bold", y=0.98)
+    _legend(figure, panels[0, 0], 8, "lower center")
+    return _few_colours(figure)
 
 
 def margin_limit(counts: Sequence[Int[np.ndarray, "2 BINS"]]) -> float:
     """The smallest multiple of 5 nats that leaves no voxel of the histograms outside, at least 5."""
-    used = np.flatnonzero(np.sum(counts, axis=(0, 1)))
+    used = np.flatnonzero(sum((found.sum(axis=0) for found in counts), np.zeros(margins.BINS)))
     widest = np.abs(margins.EDGES[[used[0], used[-1] + 1]]).max() if len(used) else 0.0
     return float(max(5.0, 5 * math.ceil(widest / 5)))
 
@@ -119,7 +123,33 @@ def _diagram(axes: Any, curve: binning.ReliabilityCurve, markersize: float) -> N
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
 
 
-def _legend(figure: Any, axes: Any, fontsize: float) -> None:
+def _legend(figure: Any, axes: Any, fontsize: float, place: str = "outside lower center") -> None:
     handles, labels = axes.get_legend_handles_labels()
     style = {"frameon": False, "handlelength": 1.3, "columnspacing": 1.0}
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=fontsize, **style)
+    figure.legend(handles, labels, loc=place, ncols=4, fontsize=fontsize, **style)
+
+
+def _fixed(width: float, height: float, panels: tuple[int, int], inches: Mapping[str, float]) -> tuple[Any, np.ndarray]:
+    """A canvas with panels that share their axes and room around them, which is quicker than finding the room."""
+    figure = figures.canvas(width, height, layout=None)
+    figure.subplots_adjust(
+        left=inches["left"] / width,
+        right=1 - inches["right"] / width,
+        bottom=inches["bottom"] / height,
+        top=1 - inches["top"] / height,
+        wspace=0.12,
+        hspace=0.25,
+    )
+    return figure, figure.subplots(*panels, squeeze=False, sharex=True, sharey=True)
+
+
+def _few_colours(figure: Any) -> bytes:
+    """The PNG with a palette of 64 colours: a report holds many of these figures, and they have few."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    picture = Image.open(io.BytesIO(figures.to_png(figure))).convert("RGB")
+    picture.quantize(64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+        buffer, format="png", optimize=True
+    )
+    return buffer.getvalue()

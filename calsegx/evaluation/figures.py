@@ -201,11 +201,11 @@ def dice_against_ece(points: Mapping[str, Mapping[str, tuple[float, float]]], re
     return to_png(figure)
 
 
-def canvas(width: float, height: float) -> Any:
+def canvas(width: float, height: float, layout: str | None = "constrained") -> Any:
     """A matplotlib figure of this size in inches."""
     from matplotlib import figure
 
-    return figure.Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return figure.Figure(figsize=(width, height), dpi=110, layout=layout)
 
 
 def to_png(figure: Any) -> bytes:
