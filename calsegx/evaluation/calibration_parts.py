@@ -48,7 +48,9 @@ def reliability_by_class(record: Record) -> list[tuple[str, str]]:
 
     if len(classes) < 2:
         return []
-    return _grids(record, panels, "Probability of the class", "Frequency of the class")
+    return _grids(
+        record, panels, "Probability of the class", "Frequency of the class", f", region {findings.MAIN_REGION}"
+    )
 
 
 def margin_histograms(record: Record) -> list[tuple[str, str]]:
@@ -78,12 +80,12 @@ def without_margins(record: Record) -> str:
 
 
 def _grids(
-    record: Record, panels: Callable[[ByRegion], dict[str, Panel]], xlabel: str, ylabel: str
+    record: Record, panels: Callable[[ByRegion], dict[str, Panel]], xlabel: str, ylabel: str, region: str = ""
 ) -> list[tuple[str, str]]:
     images = []
     for title, rows in _by_method(record):
         grid = {domain: panels(found) for domain, found in rows.items()}
-        png = calibration_figures.reliability_grid(grid, title, xlabel, ylabel)
+        png = calibration_figures.reliability_grid(grid, title + region, xlabel, ylabel)
         images.append((title, figures.data_uri(png)))
     return images
 

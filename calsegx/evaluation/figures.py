@@ -33,7 +33,6 @@ _COLOURS = {
 # Of other methods, in turn; numbers without a common divisor, so that 15 pairs differ.
 _SPARE_COLOURS = (PURPLE, SKY, WINE)
 _SPARE_MARKERS = ("*", "h", "<", ">", "p")
-_MOST_BANDS = 6  # methods whose spread over seeds can be told apart
 _SPARE_LINES = ("-", "--", ":", "-.", (0, (6, 1)))
 _MARKERS = {
     "prompt_only_disc": "X",
@@ -44,6 +43,7 @@ _MARKERS = {
 }
 _MARKERS |= {"sam_cmp": "^", "calsam": "v"}
 _LINES = {"sam_ft": "-", "sam_fip": "--", "sam_cmp": "-.", "calsam": ":"}
+_MOST_BANDS = 6  # methods whose spread over seeds can be told apart
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def method_styles(names: Iterable[str]) -> dict[str, Style]:
     given = list(names)
     others = [name for name in dict.fromkeys(map(methods.base, given)) if name not in _COLOURS]
     spare = {
-        name: (_SPARE_COLOURS[i % len(_SPARE_COLOURS)], _SPARE_MARKERS[i % len(_SPARE_MARKERS)], _SPARE_LINES[i % 5])
+        name: tuple(found[i % len(found)] for found in (_SPARE_COLOURS, _SPARE_MARKERS, _SPARE_LINES))
         for i, name in enumerate(others)
     }
     own = {name: (colour, _MARKERS[name], _LINES.get(name, "-")) for name, colour in _COLOURS.items()}

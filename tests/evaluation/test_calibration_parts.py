@@ -49,7 +49,7 @@ def test_a_classs_curve_is_the_one_computed_directly(drawn):
     made = evaluated(names=("sam_ft",))
     calibration_parts.reliability_by_class(made)
     ((grid, title, *_),) = drawn
-    assert title == "SAM-FT" and list(grid) == ["scanner A (source)", "scanner B (target)"]
+    assert title == "SAM-FT, region p>0.01" and list(grid) == ["scanner A (source)", "scanner B (target)"]
     assert list(grid["scanner A (source)"]) == ["background", *CLASSES]
     _, probabilities, truth = prediction()
     inside = 1 - probabilities[..., 0] > 0.01
