@@ -122,9 +122,11 @@ def evaluate(
         # Every spatial calibrator of every model sees the same image.
         image = functools.cache(lambda: _calibrator_image(away)(case))
         again = robustness.score(work, subject, runs.models, fits, prompt_jitter, prompt_draws, image)
-        scored = exchange.Scored([], {}, gallery.snapshot(subject, work.domain(case)), again)
-        theirs = ((other.method, study.NO_SEED, other.read(case)) for other in others)
-        for found in itertools.chain(study.predictions(work, subject, runs.models, fits, guesses, image), theirs):
+        scored = exchange.Scored([], {}, {}, gallery.snapshot(subject, work.domain(case)), again)
+        theirs = ((other.method, study.NO_SEED, other.read(case), None) for other in others)
+        ours = study.predictions(work, subject, runs.models, fits, guesses, image)
+        for *found, logits in itertools.chain(ours, theirs):
+            study.add_margins(work, subject, found[0], logits, scored.margins)
             scored.rows.extend(study.score(work, subject, *found, scored.statistics))
             gallery.add(scored.picture, *found, pictured)
         return scored
@@ -132,6 +134,7 @@ def evaluate(
     rows: list[case_metrics.Row] = []
     moved: dict[float, list[case_metrics.Row]] = {amount: [] for amount in prompt_jitter}
     statistics: study.Statistics = {}
+    margins: study.Margins = {}
     snapshots = []
     with progress.Progress("Evaluating", len(test), "cases", quiet=not first) as bar:
         for done, (case, scored) in enumerate(exchange.deal(test, score), start=1):
@@ -140,6 +143,8 @@ def evaluate(
                 moved[amount] += found
             for slot, sums in scored.statistics.items():
                 statistics[slot] = statistics[slot] + sums if slot in statistics else sums
+            for kind, counts in scored.margins.items():
+                margins[kind] = margins[kind] + counts if kind in margins else counts
             snapshots.append(scored.picture)
             bar.update(done, case.case_id)
 
@@ -161,6 +166,7 @@ def evaluate(
         domain_kind=domain_column,
         description=_describe(home, away, runs, splits, fits, guesses, surveys),
         statistics=statistics,
+        margins=margins,
         logs=runs.logs,
         gallery=gallery.pictures(snapshots, rows, shown[-1], domain_column, read_slice),
         reviews=gallery.reviews(snapshots, rows, shown[-1]),

@@ -21,6 +21,7 @@ class Scored:
 
     rows: list[evaluate.Row]
     statistics: study.Statistics
+    margins: study.Margins
     picture: gallery.Snapshot
     jittered: dict[float, list[evaluate.Row]] = dataclasses.field(default_factory=dict)  # by amount
 
@@ -47,6 +48,7 @@ def to_bytes(scored: Scored) -> bytes:
     content = {
         "rows": [dataclasses.astuple(row) for row in scored.rows],
         "statistics": list(scored.statistics.items()),
+        "margins": list(scored.margins.items()),
         "picture": picture,
         "jittered": [(amount, [dataclasses.astuple(row) for row in rows]) for amount, rows in scored.jittered.items()],
     }
@@ -62,6 +64,7 @@ def from_bytes(content: bytes, case: Case) -> Scored:
     return Scored(
         [evaluate.Row(*row) for row in values["rows"]],
         {tuple(slot): _statistics(sums) for slot, sums in values["statistics"]},
+        {tuple(slot): counts for slot, counts in values["margins"]},
         gallery.Snapshot(case, **picture),
         {amount: [evaluate.Row(*row) for row in rows] for amount, rows in values["jittered"]},
     )

@@ -70,6 +70,8 @@ def corruption_curves(
 ) -> bytes:
     """A metric against the level of corruption, one small panel (larger for many methods) per corruption.
 
+    Of many methods, SAM-FT and those with FIP or CMP are drawn thicker than the others.
+
     Args:
         values: ``(method, domain)`` -> mean; what is missing or NaN is a gap in the line.
         levels: corruption -> level (0: clean) -> domain, as ``transfer.corruptions`` gives it.
@@ -78,27 +80,32 @@ def corruption_curves(
         scale: factor of the values.
     """
     few = len(names) <= _FEW
+
+    def stands_out(name: str) -> bool:
+        return few or methods.is_ours(name) or methods.base(name) == methods.BASELINE
+
     columns = min(len(levels), 4 if few else 2)
     width, height = (2.4, 2.3) if few else (4.6, 3.4)
     tall = math.ceil(len(levels) / columns)
-    bases = list(dict.fromkeys(map(methods.base, names)))
+    styles = figures.method_styles(names)
     beside = figures.legend_width(map(methods.display, names))
     figure = figures.canvas(width * columns + 0.5 + beside, max(height * tall, 0.27 * len(names)) + 0.3)
     panels, first = figures.grid(figure, len(levels), columns, sharex=True, sharey=True)
     for axes, (corruption, domains) in zip(panels, levels.items(), strict=True):
         for name in names:
             heights = [scale * values.get((name, domain), math.nan) for domain in domains.values()]
-            style: dict[str, Any] = figures.marker(name, bases.index(methods.base(name)))
             dashed = "--" if name.endswith(methods.CALIBRATED) else "-"
             axes.plot(
                 list(domains),
                 heights,
-                color=style["markeredgecolor"],
+                color=styles[name].colour,
                 linestyle=dashed,
-                linewidth=1.1,
-                markersize=4.5,
+                linewidth=1.3 if stands_out(name) else 0.7,
+                markersize=4.5 if stands_out(name) else 3.5,
+                alpha=1 if stands_out(name) else 0.7,
+                zorder=3 if stands_out(name) else 2,
                 label=methods.display(name),
-                **style,
+                **styles[name].marker(),
             )
         axes.set_title(figures.short(corruption, 26), fontsize=9)
         axes.set(xticks=range(6), xlabel="Level (0: clean)")

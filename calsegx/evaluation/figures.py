@@ -7,6 +7,7 @@ apart; line styles and markers repeat what the colours say.
 
 import base64
 import io
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from calsegx.evaluation import methods
-from calsegx.metrics import calibration
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, GREY, BLACK = "#56B4E9", "#CC79A7", "#8C8C8C", "#222222"
+WINE = "#882255"  # Tol's: a dark one that is missing from Okabe and Ito's
 _COLOURS = {
     "prompt_only_disc": GREY,
     "prompt_only_ellipse": GREY,
@@ -29,8 +30,8 @@ _COLOURS = {
     "sam_cmp": GREEN,
     "calsam": VERMILION,
 }
-# Of other methods, in turn; numbers without a common divisor, so that many pairs differ.
-_SPARE_COLOURS = (PURPLE, SKY)
+# Of other methods, in turn; numbers without a common divisor, so that 15 pairs differ.
+_SPARE_COLOURS = (PURPLE, SKY, WINE)
 _SPARE_MARKERS = ("*", "h", "<", ">", "p")
 _SPARE_LINES = ("-", "--", ":", "-.", (0, (6, 1)))
 _MARKERS = {
@@ -42,8 +43,7 @@ _MARKERS = {
 }
 _MARKERS |= {"sam_cmp": "^", "calsam": "v"}
 _LINES = {"sam_ft": "-", "sam_fip": "--", "sam_cmp": "-.", "calsam": ":"}
-_DOMAIN_COLOURS = (BLUE, VERMILION, GREEN, PURPLE)
-_LEAST_VOXELS = 10  # a bin's accuracy from fewer voxels is noise
+_MOST_BANDS = 6  # methods whose spread over seeds can be told apart
 
 
 @dataclass(frozen=True)
@@ -59,58 +59,22 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def reliability(curves: Mapping[str, calibration.CalibrationStatistics], title: str, region: str) -> bytes:
-    """Reliability diagrams of one method, one panel per domain, over the pooled voxels of a region.
-
-    Accuracy against confidence per bin; the red bars are the gap to the diagonal, the grey ones the share of voxels.
-    Bins with fewer than 10 voxels are left out.
-    """
-    columns = min(len(curves), 4)
-    tall = math.ceil(len(curves) / columns)
-    figure = canvas(2.7 * columns + 0.5, 3.1 * tall + 0.75)
-    panels, first = grid(figure, len(curves), columns, sharey=True)
-    for axes, (domain, statistics) in zip(panels, curves.items(), strict=True):
-        bins = len(statistics.count)
-        share = statistics.count / max(statistics.voxels, 1)
-        axes.bar((np.arange(bins) + 0.5) / bins, share, 1 / bins, color="#DDDDDD", label="share of voxels")
-        axes.plot([0, 1], [0, 1], color=BLACK, linewidth=0.8, linestyle="--", label="perfect")
-        curve = statistics.reliability_curve()
-        enough = curve.count >= _LEAST_VOXELS
-        confidence, accuracy = curve.confidence[enough], curve.accuracy[enough]
-        axes.vlines(confidence, confidence, accuracy, color=VERMILION, linewidth=2, label="gap")
-        axes.plot(confidence, accuracy, color=BLUE, marker="o", markersize=4, linewidth=1.3, label="accuracy")
-        text = f"ECE {statistics.ece():.3f}" if statistics.voxels else "no voxels"
-        axes.set_title(f"{short(domain, 24)}\n{text} (pooled voxels)", fontsize=9)
-        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="Confidence (top label)")
-    for axes in first:
-        axes.set_ylabel("Accuracy")
-    figure.suptitle(f"{short(title, 26 * columns)}, region {region}", fontsize=10, fontweight="bold")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=4,
-        fontsize=8,
-        frameon=False,
-        handlelength=1.3,
-        columnspacing=1.0,
-    )
-    return to_png(figure)
-
-
 def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities: Mapping[str, str]) -> bytes:
-    """Logged quantities against the step, one panel per quantity, one line per run.
+    """Logged quantities against the step, one panel per quantity, one line per method.
+
+    A line is the mean over the seeds that logged the step, the band round it their range (of at most 6 methods).
 
     Args:
-        logs: run (``sam_ft``, or ``sam_ft seed 42``: one style per method) -> the records of its
-            ``metrics.jsonl``, each with ``step``.
+        logs: run (``sam_ft``, or ``sam_ft seed 42``) -> the records of its ``metrics.jsonl``, each with ``step``.
         quantities: key in the records -> axis label with its unit; quantities that no run logged get no panel.
     """
     shown = {k: label for k, label in quantities.items() if any(k in r for run in logs.values() for r in run)}
     if not shown:
         raise ValueError(f"No run has logged any of {', '.join(quantities)}.")
-    runs = list(dict.fromkeys(map(_method, logs)))
+    runs: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
+    for run, records in logs.items():
+        runs.setdefault(run.partition(" seed ")[0], []).append(records)
+    styles = method_styles(runs)
     columns = min(len(shown), 2)
     tall = math.ceil(len(shown) / columns)
     fitting = max(1, min(4, int(4.4 * columns / legend_width(map(methods.display, runs)))))
@@ -120,18 +84,19 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
         axes.remove()
     for axes, (key, label) in zip(panels.flat, shown.items(), strict=False):
         values: list[float] = []
-        for run, records in logs.items():
-            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-            index = runs.index(_method(run))
-            spare = _SPARE_LINES[index % len(_SPARE_LINES)]
-            style = {"color": _colour(runs[index], index), "linestyle": _LINES.get(runs[index], spare)}
-            axes.plot(
-                *(zip(*points, strict=True) if points else ((), ())),
-                label=methods.display(runs[index]),
-                linewidth=1.4,
-                **style,
-            )
-            values += [value for _, value in points]
+        for name, seeds in runs.items():
+            by_step: dict[int, list[float]] = {}
+            for record in itertools.chain.from_iterable(seeds):
+                if record.get(key) is not None:
+                    by_step.setdefault(record["step"], []).append(record[key])
+            steps = sorted(by_step)
+            found = [by_step[step] for step in steps]
+            style = {"color": styles[name].colour, "linestyle": styles[name].line}
+            axes.plot(steps, list(map(np.mean, found)), label=methods.display(name), linewidth=1.4, **style)
+            if len(runs) <= _MOST_BANDS:
+                band = {"color": styles[name].colour, "alpha": 0.15, "linewidth": 0}
+                axes.fill_between(steps, list(map(min, found)), list(map(max, found)), **band)
+            values += itertools.chain.from_iterable(found)
         positive = [value for value in values if value > 0]
         if positive and len(positive) == len(values) and max(positive) > 50 * min(positive):
             axes.set_yscale("log")
@@ -139,8 +104,7 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
         axes.grid(alpha=0.3)
         axes.locator_params(axis="x", nbins=5)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=fitting, fontsize=9, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=fitting, fontsize=9, frameon=False)
     return to_png(figure)
 
 
@@ -209,7 +173,7 @@ def dice_against_ece(points: Mapping[str, Mapping[str, tuple[float, float]]], re
         region: the ECE's region.
     """
     names = methods.order(name for found in points.values() for name in found)
-    bases = list(dict.fromkeys(map(methods.base, names)))
+    styles = method_styles(names)
     columns = min(len(points), 3)
     tall = 3.9 * math.ceil(len(points) / columns)
     figure = canvas(3.6 * columns + legend_width(map(methods.display, names)), max(tall, 0.33 * len(names)))
@@ -224,7 +188,7 @@ def dice_against_ece(points: Mapping[str, Mapping[str, tuple[float, float]]], re
                 markersize=9,
                 markeredgewidth=1.8,
                 label=methods.display(name),
-                **marker(name, bases.index(methods.base(name))),
+                **styles[name].marker(),
             )
         axes.set_title(short(domain, 28), fontsize=10)
         axes.set_xlabel(f"ECE [{region}] (lower is better)")
@@ -237,11 +201,11 @@ def dice_against_ece(points: Mapping[str, Mapping[str, tuple[float, float]]], re
     return to_png(figure)
 
 
-def canvas(width: float, height: float) -> Any:
+def canvas(width: float, height: float, layout: str | None = "constrained") -> Any:
     """A matplotlib figure of this size in inches."""
     from matplotlib import figure
 
-    return figure.Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return figure.Figure(figsize=(width, height), dpi=110, layout=layout)
 
 
 def to_png(figure: Any) -> bytes:
@@ -275,20 +239,31 @@ def _contour(axes: Any, mask: np.ndarray, colour: str, style: str) -> None:
         axes.contour(mask.astype(float), [0.5], colors=[colour], linewidths=1.3, linestyles=style)
 
 
-def _colour(name: str, index: int) -> str:
-    return _COLOURS.get(methods.base(name), _SPARE_COLOURS[index % len(_SPARE_COLOURS)])
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn everywhere in a figure."""
+
+    colour: str
+    shape: str
+    line: Any  # of matplotlib
+    hollow: bool  # with a calibrator
+
+    def marker(self) -> dict[str, Any]:
+        """Keywords of matplotlib."""
+        face = "none" if self.hollow else self.colour
+        return {"marker": self.shape, "markeredgecolor": self.colour, "markerfacecolor": face}
 
 
-def marker(name: str, index: int) -> dict[str, Any]:
-    """Colour and shape of a method, hollow with a calibrator; ``index`` tells unknown methods apart."""
-    colour = _colour(name, index)
-    hollow = methods.calibrated(name)
-    shape = _MARKERS.get(methods.base(name), _SPARE_MARKERS[index % len(_SPARE_MARKERS)])
-    return {"marker": shape, "markeredgecolor": colour, "markerfacecolor": "none" if hollow else colour}
-
-
-def _method(run: str) -> str:
-    return run.partition(" seed ")[0]
+def method_styles(names: Iterable[str]) -> dict[str, Style]:
+    """The style of each method: its own, or the next spare one; with a calibrator as without, but hollow."""
+    given = list(names)
+    others = [name for name in dict.fromkeys(map(methods.base, given)) if name not in _COLOURS]
+    spare = {
+        name: tuple(found[i % len(found)] for found in (_SPARE_COLOURS, _SPARE_MARKERS, _SPARE_LINES))
+        for i, name in enumerate(others)
+    }
+    own = {name: (colour, _MARKERS[name], _LINES.get(name, "-")) for name, colour in _COLOURS.items()}
+    return {name: Style(*(own | spare)[methods.base(name)], methods.calibrated(name)) for name in given}
 
 
 def legend_width(names: Iterable[str]) -> float:

@@ -9,7 +9,17 @@ from typing import Any
 import jinja2
 
 from calsegx import __version__, files
-from calsegx.evaluation import compare, evaluate, figures, marks, methods, report_parts, robustness, tables
+from calsegx.evaluation import (
+    calibration_parts,
+    compare,
+    evaluate,
+    figures,
+    marks,
+    methods,
+    report_parts,
+    robustness,
+    tables,
+)
 from calsegx.evaluation import verdict as findings
 from calsegx.evaluation.verdict import Picture, Record, headline, verdict
 
@@ -48,7 +58,11 @@ def write_report(path: Path, record: Record) -> None:
         "comparisons": _comparison_table(record),
         "comparison_metrics": [findings.label(*metric) for metric in findings.COMPARED],
         "classes": _class_table(record),
-        "reliability": [] if many else _reliability(record),
+        "reliability": [] if many else calibration_parts.reliability(record),
+        "reliability_by_region": [] if many else calibration_parts.reliability_by_region(record),
+        "reliability_by_class": [] if many else calibration_parts.reliability_by_class(record),
+        "margins": calibration_parts.margin_histograms(record),
+        "without_margins": calibration_parts.without_margins(record),
         "many_domains": many,
         "most_domains": MOST_DOMAINS,
         "matrices": report_parts.matrices(record),
@@ -117,21 +131,6 @@ def _class_table(record: Record) -> list[tuple[str, str, str, list[tuple[str, st
         )
         for key in keys
     ]
-
-
-def _reliability(record: Record) -> list[tuple[str, str]]:
-    """``(method, image)``: source and targets side by side, on the main region."""
-    images = []
-    for name in methods.order(method for method, _, _ in record.statistics):
-        curves = {
-            findings.where(record, domain): record.statistics[name, domain, findings.MAIN_REGION]
-            for domain in findings.domains(record)
-            if (name, domain, findings.MAIN_REGION) in record.statistics
-        }
-        if curves:
-            png = figures.reliability(curves, methods.display(name), findings.MAIN_REGION)
-            images.append((methods.display(name), figures.data_uri(png)))
-    return images
 
 
 def _scatter(record: Record) -> str | None:

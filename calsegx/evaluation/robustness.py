@@ -73,7 +73,7 @@ def score(
         rows = found[amount] = []
         for draw in range(draws):
             moved = jittered(work, subject, amount, draw)
-            for method, _, probabilities in study.predictions(work, moved, models, fits, {}, image):
+            for method, _, probabilities, _ in study.predictions(work, moved, models, fits, {}, image):
                 key = evaluate.CaseKey(method, draw, case.case_id, case.subject_id, work.domain(case), case.split)
                 scored, _ = evaluate.evaluate_case(
                     probabilities, subject.truth, subject.spacing_mm, work.class_map.names, key, [REGION]

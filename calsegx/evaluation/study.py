@@ -17,12 +17,13 @@ from calsegx.data import cases as case_tools
 from calsegx.data import classes, frames, pipeline, preprocessing
 from calsegx.evaluation import baselines, evaluate, methods, predict
 from calsegx.interfaces import Backbone, Case, Params, Prompts
-from calsegx.metrics import calibration, regions
+from calsegx.metrics import calibration, margins, regions
 
 DECODER_BATCH = 16
 NO_SEED = 0  # of methods that nothing was trained for
 
 Statistics = dict[tuple[str, str, str], calibration.CalibrationStatistics]
+Margins = dict[tuple[str, str], np.ndarray]  # (method, domain) -> ``margins.histogram``
 Fits = Mapping[tuple[str, int], Mapping[str, Mapping[str, Any]]]  # (method, seed) -> calibrator -> its params
 
 
@@ -206,27 +207,27 @@ def predictions(
     fits: Fits,
     guesses: Mapping[str, Callable[[baselines.PromptedTruth], np.ndarray]],
     image: Callable[[], np.ndarray] | None = None,
-) -> Iterator[tuple[str, int, np.ndarray]]:
-    """``(method, seed, foreground probabilities [D, H, W, K])`` of everything that is compared, for one case.
+) -> Iterator[tuple[str, int, np.ndarray, np.ndarray | None]]:
+    """``(method, seed, foreground probabilities [D, H, W, K], logits)`` of all that is compared, for one case.
 
-    Zero-shot SAM knows no classes, so it takes part in binary problems only.  ``image`` gives spatial calibrators
-    the case's ``calibrator_image``.
+    The logits ``[n, H, W, L]`` are those of the prompted slices; guesses have none.  Zero-shot SAM knows no classes,
+    so it takes part in binary problems only.  ``image`` gives spatial calibrators the case's ``calibrator_image``.
     """
     for name, guess in guesses.items():
         guessed = guess(subject.prompted)
-        yield name, NO_SEED, frames.from_working_depth(guessed, subject.geometry, subject.prompted.slices)
+        yield name, NO_SEED, frames.from_working_depth(guessed, subject.geometry, subject.prompted.slices), None
     if len(study.class_map.names) == 1 and study.backbone.zero_shot is not None:
         logits = slice_logits(study, study.zero_shot, {}, subject)
-        yield methods.VANILLA, NO_SEED, foreground(subject, logits)
+        yield methods.VANILLA, NO_SEED, foreground(subject, logits), logits
     for model in models:
         logits = slice_logits(study, study.decode, model.params, subject)
-        yield model.method, model.seed, foreground(subject, logits)
+        yield model.method, model.seed, foreground(subject, logits), logits
         for name, params in fits.get((model.method, model.seed), {}).items():
             component = calibrators.get(name)
             calibrated = logits
             if len(logits):  # a case without foreground has no prompted slice
                 calibrated = component.apply(params, logits, image() if component.spatial and image else None)
-            yield model.method + methods.suffix_of(name), model.seed, foreground(subject, calibrated)
+            yield model.method + methods.suffix_of(name), model.seed, foreground(subject, calibrated), calibrated
 
 
 def score(
@@ -240,3 +241,11 @@ def score(
         slot = (method, domain, region)
         statistics[slot] = statistics[slot] + value if slot in statistics else value
     return rows
+
+
+def add_margins(study: Study, subject: Subject, method: str, logits: np.ndarray | None, found: Margins) -> None:
+    """Add the voxels of a case's prompted slices to the method's histogram; nothing without logits."""
+    if logits is not None:
+        slot = method, study.domain(subject.case)
+        counts = margins.histogram(logits, subject.working_truth[subject.cached.slices])
+        found[slot] = found[slot] + counts if slot in found else counts

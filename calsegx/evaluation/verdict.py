@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from calsegx import configs
 from calsegx.evaluation import compare, evaluate, methods, review, robustness
 from calsegx.metrics import calibration
@@ -39,6 +41,8 @@ class Record:
     description: Mapping[str, str] = field(default_factory=dict)
     # (method, domain, region) -> pooled over cases and seeds
     statistics: Mapping[tuple[str, str, str], calibration.CalibrationStatistics] = field(default_factory=dict)
+    # (method, domain) -> ``margins.histogram``, pooled likewise; methods without logits have none
+    margins: Mapping[tuple[str, str], np.ndarray] = field(default_factory=dict)
     logs: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # run -> records of metrics.jsonl
     gallery: Sequence[Picture] = ()
     reviews: Sequence[review.Review] = ()  # the least confident first

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from calsegx.evaluation import figures
+from calsegx.evaluation import calibration_figures, figures
 from calsegx.metrics import calibration
 
 
@@ -23,15 +23,15 @@ def statistics(seed=0, bias=0.0):
 
 
 def test_reliability_has_one_panel_per_domain_and_is_reproducible():
-    one = figures.reliability({"A": statistics()}, "SAM-FT", "p>0.01")
-    two = figures.reliability({"A": statistics(), "B": statistics(1, 0.3)}, "SAM-FT", "p>0.01")
+    one = calibration_figures.reliability({"A": statistics()}, "SAM-FT", "p>0.01")
+    two = calibration_figures.reliability({"A": statistics(), "B": statistics(1, 0.3)}, "SAM-FT", "p>0.01")
     assert pixels(two).shape[1] > 1.5 * pixels(one).shape[1]
-    assert figures.reliability({"A": statistics()}, "SAM-FT", "p>0.01") == one
+    assert calibration_figures.reliability({"A": statistics()}, "SAM-FT", "p>0.01") == one
 
 
 def test_reliability_of_no_voxels():
     empty = calibration.calibration_statistics(np.zeros(0), np.zeros(0, int))
-    assert pixels(figures.reliability({"A": empty}, "SAM-FT", "p>0.01")).size
+    assert pixels(calibration_figures.reliability({"A": empty}, "SAM-FT", "p>0.01")).size
 
 
 def test_training_curves_draw_what_was_logged():
@@ -46,6 +46,16 @@ def test_training_curves_draw_what_was_logged():
     assert both.shape[1] > 1.5 * alone.shape[1]
     with pytest.raises(ValueError, match="No run has logged any of cmp"):
         figures.training_curves(logs, {"cmp": "CMP"})
+
+
+def test_training_curves_are_means_over_seeds(monkeypatch):
+    monkeypatch.setattr(figures, "to_png", lambda figure: figure)
+    logs = {f"sam_ft seed {seed}": [{"step": s, "task": s + seed} for s in (1, 2, 3)] for seed in (0, 2)}
+    drawn = figures.training_curves({**logs, "calsam": [{"step": 1, "task": 5.0}]}, {"task": "Task loss"})
+    first, second = drawn.axes[0].lines
+    assert (first.get_xdata(), first.get_ydata()) == ([1, 2, 3], [2, 3, 4])
+    assert (second.get_xdata(), second.get_ydata()) == ([1], [5])
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["SAM-FT", "CalSAM"]
 
 
 def test_overlay_with_and_without_methods_and_contours():
@@ -69,8 +79,8 @@ def test_fifteen_methods_with_long_names_leave_room_for_the_axes():
     many = {"A": {name: (0.7, 0.01 * i) for i, name in enumerate(names)}}
     few, many = (pixels(figures.dice_against_ece(points, "p>0.01")).shape for points in (few, many))
     assert many[1] > 1.3 * few[1] and many[0] > few[0]
-    styles = [tuple(figures.marker(name, index).values()) for index, name in enumerate(names[:10])]
-    assert len(set(styles)) == 10
+    styles = figures.method_styles([*names, "focal", "sam_ft"])
+    assert len({(style.colour, style.shape) for style in styles.values()}) == len(styles)
 
 
 def test_matplotlib_is_imported_only_when_something_is_drawn():
@@ -88,6 +98,6 @@ def test_errors_are_coloured_by_their_kind():
 
 def test_panels_of_many_domains_are_wrapped():
     curves = {f"domain {i}": statistics(i) for i in range(6)}
-    four = pixels(figures.reliability(dict(list(curves.items())[:4]), "SAM-FT", "p>0.01")).shape
-    six = pixels(figures.reliability(curves, "SAM-FT", "p>0.01")).shape
+    four = pixels(calibration_figures.reliability(dict(list(curves.items())[:4]), "SAM-FT", "p>0.01")).shape
+    six = pixels(calibration_figures.reliability(curves, "SAM-FT", "p>0.01")).shape
     assert six[1] == four[1] and six[0] > 1.5 * four[0]

@@ -58,13 +58,17 @@ def test_what_is_exchanged_comes_back_exactly():
     statistics = {("calsam", "A", region): value for region, value in sums.items()}
     overlay = figures.Overlay(truth[0] > 0, probabilities[0, ..., 0])
     picture = gallery.Snapshot(case, "A", 1, truth[1] > 0, (1.0, 2.0), {"calsam": overlay})
-    back = exchange.from_bytes(exchange.to_bytes(exchange.Scored(rows, statistics, picture, {0.05: rows})), case)
+    counts = {("calsam", "A"): rng.integers(0, 2**40, (2, 7))}
+    scored = exchange.Scored(rows, statistics, counts, picture, {0.05: rows})
+    back = exchange.from_bytes(exchange.to_bytes(scored), case)
     assert repr(back.rows) == repr(back.jittered[0.05]) == repr(rows)  # NaN is not equal to itself
     assert back.statistics.keys() == statistics.keys()
     for slot, value in statistics.items():
         assert repr(back.statistics[slot]) == repr(value)
         assert isinstance(back.statistics[slot], calibration.CalibrationStatistics)
         assert (back.statistics[slot] + value).voxels == 2 * value.voxels
+    assert back.margins.keys() == counts.keys()
+    assert np.array_equal(back.margins["calsam", "A"], counts["calsam", "A"])
     assert repr(back.picture) == repr(picture)
     assert back.picture.results["calsam"].probability.dtype == np.float32
 
