@@ -11,7 +11,8 @@ import jinja2
 from calsegx import __version__, files
 from calsegx.evaluation import compare, evaluate, figures, marks, methods, report_parts, robustness, tables
 from calsegx.evaluation import verdict as findings
-from calsegx.evaluation.verdict import Picture, Record, headline, verdict
+from calsegx.evaluation.conclusions import headline, verdict
+from calsegx.evaluation.verdict import Picture, Record
 
 __all__ = ["Picture", "Record", "headline", "verdict", "write_report"]
 

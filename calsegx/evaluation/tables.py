@@ -136,8 +136,13 @@ def overview(
     differences from the strongest baseline are marked, except in gaps, where a method that is bad everywhere has a
     small one, and where the label selects the voxels, which favours over-confidence.
     """
+    shown = {(c.metric, c.region) for c in columns}
+    by_domain: dict[str, list[evaluate.Row]] = {domain: [] for domain in (source, *targets)}
+    for row in rows:
+        if row.class_name == evaluate.ALL and row.domain in by_domain and (row.metric, row.region) in shown:
+            by_domain[row.domain].append(row)
     summaries = {
-        (s.method, s.domain, s.metric, s.region): s for s in evaluate.summarise(rows) if s.class_name == evaluate.ALL
+        (s.method, s.domain, s.metric, s.region): s for found in by_domain.values() for s in evaluate.summarise(found)
     }
     names = methods.order(row.method for row in rows)
     indexed, baseline = compare.index(rows), marks.strongest(rows, source, targets)
@@ -154,7 +159,8 @@ def overview(
             title = f"{kind} {domain}".strip() or "test cases"
             blocks.append(Block(f"{role}: {title}" if source and targets else title.capitalize(), lines))
     elsewhere = bool(source) or not targets  # without results on the source there is no gap
-    return blocks + [_gap_block(rows, source, target, names, columns) for target in targets if elsewhere]
+    pairs = [(target, by_domain[source] + by_domain[target]) for target in targets if elsewhere]
+    return blocks + [_gap_block(found, source, target, names, columns) for target, found in pairs]
 
 
 def _gap_block(
