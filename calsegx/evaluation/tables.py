@@ -216,9 +216,9 @@ def markdown(blocks: Sequence[Block], columns: Sequence[Column] = COLUMNS) -> st
     """The overview of these columns as a Markdown table, with the definitions below (and not the ``legend``)."""
     lines = ["| Method | " + " | ".join(c.title for c in columns) + " |", "|---|" + "---:|" * len(columns)]
     for block in blocks:
-        lines.append(f"| **{_escape(block.title)}** |" + " |" * len(columns))
+        lines.append(f"| **{escape(block.title)}** |" + " |" * len(columns))
         for name, cells in block.rows:
-            lines.append(f"| {_escape(methods.display(name))} | {' | '.join(map(_markdown_cell, cells))} |")
+            lines.append(f"| {escape(methods.display(name))} | {' | '.join(map(_markdown_cell, cells))} |")
     definitions = [f"* {c.title}: {c.definition}." for c in columns]
     return "\n".join([*lines, "", *definitions, ""])
 
@@ -229,7 +229,8 @@ def _markdown_cell(cell: Cell) -> str:
     return f"{text}{stars} {cell.interval}{f' ({cell.note})' if cell.note else ''}".replace("  ", " ").rstrip()
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text as a cell of a Markdown table."""
     return text.replace("|", "\\|")
 
 
@@ -275,9 +276,10 @@ def write_summary(
 ) -> None:
     """``summary.json``: nnU-Net's keys for one method, and everything else under ``calsegx``.
 
-    nnU-Net's ``metric_per_case`` (one entry per case and seed), ``mean`` (by label index) and ``foreground_mean`` are
-    over all domains of ``method``; its ``Dice`` is our DSC.  ``IoU``, ``TP``, ``FP``, ``FN``, ``TN``, ``n_pred`` and
-    ``n_ref`` are there as nnU-Net v2 writes them, among our own metrics.  Missing values are null.
+    nnU-Net's ``metric_per_case`` (one entry per case, seed and domain), ``mean`` (by label index) and
+    ``foreground_mean`` are over all domains of ``method``; its ``Dice`` is our DSC.  ``IoU``, ``TP``, ``FP``, ``FN``,
+    ``TN``, ``n_pred`` and ``n_ref`` are there as nnU-Net v2 writes them, among our own metrics.  Missing values are
+    null.
 
     Args:
         path: the file to write.
@@ -291,14 +293,14 @@ def write_summary(
         about: more to say under ``calsegx``.
     """
     labels = {name: str(index) for index, name in enumerate(class_names, start=1)}
-    cases: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    cases: dict[tuple[str, int, str], dict[str, dict[str, float]]] = {}
     for row in rows:
         if row.method == method and row.class_name in labels:
-            by_label = cases.setdefault((row.case_id, row.seed), {})
+            by_label = cases.setdefault((row.case_id, row.seed, row.domain), {})
             value = int(row.value) if row.metric in evaluate.COUNTS else row.value
             by_label.setdefault(labels[row.class_name], {})[_nnunet_name(row)] = value
     per_case = []
-    for (case_id, seed), by_label in cases.items():
+    for (case_id, seed, domain), by_label in cases.items():
         prediction, reference = (paths or {}).get(case_id, (None, None))
         per_case.append(
             {
@@ -307,6 +309,7 @@ def write_summary(
                 "reference_file": reference,
                 "case_id": case_id,
                 "seed": seed,
+                "domain": domain,
             }
         )
     mean = {label: _mean_of([c[label] for c in cases.values() if label in c]) for label in labels.values()}
