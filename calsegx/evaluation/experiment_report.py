@@ -82,8 +82,8 @@ def _section(experiment: Experiment, family: pooled.Family) -> dict[str, Any]:
     made = record(experiment, family)
     count = len(family.parts)
     notes = {
-        pooled.IN: f"{count} folds together: in-domain are the test cases of the domain that a fold was trained on, "
-        "out-of-domain those of all others.",
+        pooled.IN: f"{count} folds together: seen are the test cases of the domain that a fold was trained on "
+        "(in-domain), unseen those of all others (out-of-domain).",
         "": f"{count} folds together: every case is tested once, by a model that never saw it.",
     }
     return {

@@ -15,7 +15,7 @@ from calsegx import files
 from calsegx.evaluation import evaluate, tables
 
 AS_THEY_ARE, CORRUPTED = "as they are", "corrupted"
-IN, OUT = "in-domain", "out-of-domain"  # of a case, where folds are trained on different domains
+IN, OUT = "seen domains", "unseen domains"  # of a case, where folds are trained on different domains
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def families(parts: Iterable[Part]) -> list[Family]:
 def pool(family: Family, kind: str) -> Pool:
     """All folds of a family as the rows of one evaluation.
 
-    Where folds are trained on different domains, every case counts as in-domain or out-of-domain; where every fold
+    Where folds are trained on different domains, every case counts as of a seen or an unseen domain; where every fold
     tests other cases, all cases together are the test cases.  One fold stays as it is.
 
     Args:
