@@ -111,27 +111,26 @@ def _additions(record: Record, found: Found, domain: str) -> list[str]:
     key = {name: (domain, name + methods.CALIBRATED, SCALED, *ECE) for name in names}
     both = {name: [found[key[name]]] for name in names if key[name] in found}
     return [
-        *_grouped(pairs, f"against SAM-FT on {where}", lambda name: methods.ADDITIONS.get(name, methods.display(name))),
-        *_grouped(scaled, f"against SAM-FT + TS on {where}", methods.display),
-        *_grouped(both, f"with TS on both sides on {where}", methods.display),
+        *_grouped(pairs, f"Against SAM-FT on {where}", lambda name: methods.ADDITIONS.get(name, methods.display(name))),
+        *_grouped(scaled, f"Against SAM-FT + TS on {where}", methods.display),
+        *_grouped(both, f"With TS on both sides on {where}", methods.display),
     ]
 
 
 def _grouped(pairs: Mapping[str, Sequence[compare.Comparison]], lead: str, name: Callable[[str], str]) -> list[str]:
-    """One sentence for all methods of which the same was found, those with the largest effect first."""
+    """One sentence: the methods by what was found of them, those with the largest effect first; none for none."""
     groups: dict[str, list[str]] = {}
     for method in sorted(pairs, key=lambda method: -_strength(pairs[method])):
         groups.setdefault(_overall(pairs[method]), []).append(method)
-    sentences = []
-    for finding in FINDINGS:
+    said = []
+    for finding in (finding for finding in FINDINGS if finding in groups):
         parts = []
-        for method in groups.get(finding, ()):
+        for method in groups[finding]:
             measured = [c for c in pairs[method] if c.verdict in (compare.BETTER, compare.WORSE)]
             numbers = ", ".join(f"{words.label(c.metric, c.region)} {words.change(c)}" for c in measured)
             parts.append(f"{name(method)} ({numbers})" if numbers else name(method))
-        if parts:
-            sentences.append(f"{finding.capitalize()} {lead}: {', '.join(parts)}.")
-    return sentences
+        said.append(f"{finding}: {', '.join(parts)}")
+    return [f"{lead}: {'; '.join(said)}."] if said else []
 
 
 def _strength(pair: Sequence[compare.Comparison]) -> float:
