@@ -4,7 +4,8 @@ python -m launch.experiment --config=configs/scanner_split.yaml --data=DATASET -
 
 The file names methods, seeds, folds and settings (docs/experiments.md).  Every cell is a run folder of its own under
 ``runs/``, as ``launch.train`` writes it; a broken experiment goes on with the same command.  The features are encoded
-once for all cells.  ``evaluation/`` holds a report per fold, ``cases.csv`` and ``table.md`` all folds together.
+once for all cells.  ``evaluation/`` holds a report per fold; ``report.html``, ``cases.csv``, ``summary.json``,
+``table.md``, ``table.tex`` and ``tables/`` (in the papers' layouts) are of all folds together.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from calsegx import experiment as plans
 from calsegx.data import cases as case_tools
 from calsegx.data import classes, folds, splits
 from calsegx.data.corruptions import manifest
-from calsegx.evaluation import external, methods, pooled, tables
+from calsegx.evaluation import experiment_files, experiment_report, external, methods, pooled, tables
 from calsegx.interfaces import DataError, Dataset, UsageError
 from calsegx.training import checkpoints, interruption, model_folder, progress
 from launch import common, components, corrupt, evaluate, grid_search, split, train
@@ -88,7 +89,7 @@ class Trainer:
 
 
 def experiment(path: Path, workdir: Path, root: str = "") -> Path:
-    """All of a plan; returns the path of ``table.md``.
+    """All of a plan; returns the path of ``report.html``.
 
     Args:
         path: the plan, see ``calsegx.experiment``.
@@ -123,11 +124,16 @@ def experiment(path: Path, workdir: Path, root: str = "") -> Path:
             found += _evaluated(plan, setting, cells, workdir, others=others.get(setting.number, ()))
             if names:
                 found += _evaluated(plan, setting, cells, workdir, shift)
-        found = pooled.joined(found)
-        pooled.write_cases(workdir / "cases.csv", found)
-        blocks = pooled.overview(found, plan.config.data.domain, plan.protocol in ("kfold", "leave_one_domain_out"))
-        files.write_atomically(workdir / "table.md", tables.markdown(blocks))
-    return workdir / "table.md"
+        record = experiment_report.Experiment(
+            title=f"{path.stem} on {dataset.root.name}",
+            parts=pooled.joined(found),
+            kind=plan.config.data.domain,
+            planned=plan.methods,
+            description=_describe(plan, dataset),
+            selections=_selections(settings, workdir) if plan.grid else {},
+        )
+        experiment_files.write(workdir, record, parts.class_map.names)
+    return workdir / "report.html"
 
 
 def make_settings(plan: plans.Plan, dataset: Dataset, workdir: Path) -> list[Setting]:
@@ -178,6 +184,31 @@ def is_finished(cell: Cell) -> bool:
             "--workdir, or remove that run."
         )
     return True
+
+
+def _describe(plan: plans.Plan, dataset: Dataset) -> dict[str, str]:
+    config = plan.config
+    return {
+        "Dataset": f"{dataset.root.name}, {len(dataset.cases)} cases",
+        "Methods": ", ".join(methods.display(name) for name in plan.methods),
+        "Calibrators": ", ".join(plan.calibrators),
+        "Seeds": ", ".join(map(str, plan.seeds)),
+        "Folds": plan.protocol or "the dataset's own split",
+        "Training": f"{config.steps} steps of {config.batch_size} slices, Adam {config.optimizer.learning_rate:g}",
+    }
+
+
+def _selections(settings: Iterable[Setting], workdir: Path) -> dict[str, Any]:
+    """What the grid's rule saw in each setting, by the setting's name."""
+    found = {}
+    for setting in settings:
+        name = setting.folder.replace("/", ", ") + (f" ({setting.name})" if setting.name else "")
+        found[name] = json.loads(_selection_file(setting, workdir).read_text())
+    return found
+
+
+def _selection_file(setting: Setting, workdir: Path) -> Path:
+    return workdir / "selection" / f"{setting.folder.replace('/', '_')}.json"
 
 
 def _own_split(dataset: Dataset, data: configs.DataConfig) -> splits.Fold:
@@ -272,9 +303,7 @@ def _chosen(plan: plans.Plan, setting: Setting, tried: Mapping[str, Sequence[Cel
             "chosen": dict(best.weights),
             "candidates": [dataclasses.asdict(candidate) for candidate in candidates],
         }
-    files.write_atomically(
-        workdir / "selection" / f"{setting.folder.replace('/', '_')}.json", json.dumps(content, indent=2) + "\n"
-    )
+    files.write_atomically(_selection_file(setting, workdir), json.dumps(content, indent=2) + "\n")
     return chosen
 
 
@@ -342,7 +371,8 @@ def _evaluated(
             rows = [row for row in rows if row.method not in methods.UNTRAINED]
         images = pooled.CORRUPTED if make_shift else pooled.AS_THEY_ARE
         source = manifest.CLEAN if make_shift else setting.source
-        found.append(pooled.Part(setting.name, setting.subjects, protocol, images, source, rows))
+        page = (folder / "report.html").relative_to(workdir).as_posix()
+        found.append(pooled.Part(setting.name, setting.subjects, protocol, images, source, rows, (page,)))
     return found
 
 
@@ -384,11 +414,11 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Run it, and say where the tables are."""
+    """Run it, and say where the report is."""
     start = time.monotonic()
-    table = experiment(Path(flags.FLAGS.config), Path(flags.FLAGS.workdir), flags.FLAGS.data)
+    page = experiment(Path(flags.FLAGS.config), Path(flags.FLAGS.workdir), flags.FLAGS.data)
     minutes = (time.monotonic() - start) / 60
-    print(f"Done in {minutes:.1f} minutes; the tables are {table} and {table.with_name('cases.csv')}.")
+    print(f"Done in {minutes:.1f} minutes; the report is {page}, the numbers are {page.with_name('cases.csv')}.")
 
 
 if __name__ == "__main__":

@@ -58,16 +58,9 @@ def compare(rows: Index, method: str, reference: str, domain: str, metric: str, 
     A difference whose 95 % interval includes 0 is no measurable difference; whether a measurable one is better or
     worse follows from the metric's direction.
     """
-    ours = rows.get((method, domain, metric, region), ())
-    theirs = rows.get((reference, domain, metric, region), ())
-    mine, other = _by(ours, "subject_id"), _by(theirs, "subject_id")
-    subjects = sorted(mine.keys() & other.keys())
+    ours, theirs = (rows.get((name, domain, metric, region), ()) for name in (method, reference))
     # A fixed seed: a report of the same rows must say the same.
-    result = statistics.paired_difference(
-        np.array([mine[s] for s in subjects]),
-        np.array([other[s] for s in subjects]),
-        np.random.default_rng(0),
-    )
+    result = statistics.paired_difference(*_paired(ours, theirs), np.random.default_rng(0))
     return Comparison(
         *(method, reference, domain, metric, region),
         *(result.mean, result.low, result.high, result.p, result.pairs),
@@ -110,7 +103,9 @@ def corrected_p_values(
     NaN with fewer than 6 common subjects; such a test does not count in the correction.
     """
     others = [name for name in names if name != reference]
-    p_values = [compare(rows, name, reference, domain, metric, region).p_value for name in others]
+    key = (domain, metric, region)
+    pairs = [_paired(*(rows.get((n, *key), ()) for n in (name, reference))) for name in others]
+    p_values = [statistics.wilcoxon_p(*pair) for pair in pairs]
     return dict(zip(others, statistics.holm(np.array(p_values)), strict=True))
 
 
@@ -120,11 +115,18 @@ def interval(rows: Index, method: str, domain: str, metric: str, region: str) ->
     return statistics.bootstrap_interval(np.array(list(values.values())), np.random.default_rng(0))
 
 
+def _paired(ours: Sequence[evaluate.Row], theirs: Sequence[evaluate.Row]) -> tuple[np.ndarray, np.ndarray]:
+    """The values of both by subject, for the subjects that both have."""
+    mine, other = _by(ours, "subject_id"), _by(theirs, "subject_id")
+    subjects = sorted(mine.keys() & other.keys())
+    return np.array([mine[s] for s in subjects]), np.array([other[s] for s in subjects])
+
+
 def _by(rows: Sequence[evaluate.Row], field: str) -> dict:
     values = defaultdict(list)
     for row in rows:
         values[getattr(row, field)].append(row.value)
-    return {key: float(np.mean(found)) for key, found in values.items()}
+    return {key: math.fsum(found) / len(found) for key, found in values.items()}
 
 
 def _sd_of_seeds(mine: dict[int, float], other: dict[int, float]) -> float | None:

@@ -67,6 +67,7 @@ def corruption_curves(
     names: Sequence[str],
     label: str,
     scale: float = 1.0,
+    horizontal: str = "Level (0: clean)",
 ) -> bytes:
     """A metric against the level of corruption, one small panel (larger for many methods) per corruption.
 
@@ -78,6 +79,7 @@ def corruption_curves(
         names: the methods, in order.
         label: of the vertical axis, with its unit.
         scale: factor of the values.
+        horizontal: what is varied in place of the level.
     """
     few = len(names) <= _FEW
 
@@ -108,7 +110,7 @@ def corruption_curves(
                 **styles[name].marker(),
             )
         axes.set_title(figures.short(corruption, 26), fontsize=9)
-        axes.set(xticks=range(6), xlabel="Level (0: clean)")
+        axes.set(xticks=sorted({level for domains in levels.values() for level in domains}), xlabel=horizontal)
         axes.xaxis.set_tick_params(labelbottom=True)
         axes.grid(alpha=0.3)
     for axes in first:

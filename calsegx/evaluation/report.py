@@ -21,7 +21,8 @@ from calsegx.evaluation import (
     tables,
 )
 from calsegx.evaluation import verdict as findings
-from calsegx.evaluation.verdict import Picture, Record, headline, verdict
+from calsegx.evaluation.conclusions import headline, verdict
+from calsegx.evaluation.verdict import Picture, Record
 
 __all__ = ["Picture", "Record", "headline", "verdict", "write_report"]
 
@@ -37,25 +38,16 @@ QUANTITIES = {
 
 def write_report(path: Path, record: Record) -> None:
     """Render ``record`` to ``path``, atomically.  Images are inside the file and nothing is loaded from elsewhere."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("calsegx", "evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     many = len(findings.domains(record)) > MOST_DOMAINS
     content = {
         "record": record,
-        "version": __version__,
         "headline": headline(record),
         "findings": [sentence.split(": ", 1) for sentence in verdict(record)],
         "columns": tables.COLUMNS,
         "more_columns": tables.MORE_COLUMNS,
         "overview": functools.partial(tables.overview, record.rows, record.source, record.targets, record.domain_kind),
         "legend": marks.legend(record.rows, record.source, record.targets),
-        "display": methods.display,
-        "comparisons": _comparison_table(record),
+        "comparisons": comparison_table(record),
         "comparison_metrics": [findings.label(*metric) for metric in findings.COMPARED],
         "classes": _class_table(record),
         "reliability": [] if many else calibration_parts.reliability(record),
@@ -82,10 +74,23 @@ def write_report(path: Path, record: Record) -> None:
         ],
         "gallery": [(picture.caption, figures.data_uri(picture.png)) for picture in record.gallery],
     }
-    files.write_atomically(path, environment.get_template("report.html.j2").render(content))
+    render(path, "report.html.j2", content)
 
 
-def _comparison_table(record: Record) -> list[dict[str, Any]]:
+def render(path: Path, template: str, content: Mapping[str, Any]) -> None:
+    """Write a page made of a template of this folder, atomically."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("calsegx", "evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"display": methods.display, "version": __version__}
+    files.write_atomically(path, environment.get_template(template).render(content))
+
+
+def comparison_table(record: Record) -> list[dict[str, Any]]:
     """One line per domain, method and reference; one cell per metric."""
     lines: dict[tuple[str, str, str], dict[str, Any]] = {}
     for c in record.comparisons:

@@ -136,8 +136,13 @@ def overview(
     differences from the strongest baseline are marked, except in gaps, where a method that is bad everywhere has a
     small one, and where the label selects the voxels, which favours over-confidence.
     """
+    shown = {(c.metric, c.region) for c in columns}
+    by_domain: dict[str, list[evaluate.Row]] = {domain: [] for domain in (source, *targets)}
+    for row in rows:
+        if row.class_name == evaluate.ALL and row.domain in by_domain and (row.metric, row.region) in shown:
+            by_domain[row.domain].append(row)
     summaries = {
-        (s.method, s.domain, s.metric, s.region): s for s in evaluate.summarise(rows) if s.class_name == evaluate.ALL
+        (s.method, s.domain, s.metric, s.region): s for found in by_domain.values() for s in evaluate.summarise(found)
     }
     names = methods.order(row.method for row in rows)
     indexed, baseline = compare.index(rows), marks.strongest(rows, source, targets)
@@ -154,7 +159,8 @@ def overview(
             title = f"{kind} {domain}".strip() or "test cases"
             blocks.append(Block(f"{role}: {title}" if source and targets else title.capitalize(), lines))
     elsewhere = bool(source) or not targets  # without results on the source there is no gap
-    return blocks + [_gap_block(rows, source, target, names, columns) for target in targets if elsewhere]
+    pairs = [(target, by_domain[source] + by_domain[target]) for target in targets if elsewhere]
+    return blocks + [_gap_block(found, source, target, names, columns) for target, found in pairs]
 
 
 def _gap_block(
@@ -210,9 +216,9 @@ def markdown(blocks: Sequence[Block], columns: Sequence[Column] = COLUMNS) -> st
     """The overview of these columns as a Markdown table, with the definitions below (and not the ``legend``)."""
     lines = ["| Method | " + " | ".join(c.title for c in columns) + " |", "|---|" + "---:|" * len(columns)]
     for block in blocks:
-        lines.append(f"| **{_escape(block.title)}** |" + " |" * len(columns))
+        lines.append(f"| **{escape(block.title)}** |" + " |" * len(columns))
         for name, cells in block.rows:
-            lines.append(f"| {_escape(methods.display(name))} | {' | '.join(map(_markdown_cell, cells))} |")
+            lines.append(f"| {escape(methods.display(name))} | {' | '.join(map(_markdown_cell, cells))} |")
     definitions = [f"* {c.title}: {c.definition}." for c in columns]
     return "\n".join([*lines, "", *definitions, ""])
 
@@ -223,7 +229,8 @@ def _markdown_cell(cell: Cell) -> str:
     return f"{text}{stars} {cell.interval}{f' ({cell.note})' if cell.note else ''}".replace("  ", " ").rstrip()
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text as a cell of a Markdown table."""
     return text.replace("|", "\\|")
 
 
@@ -269,9 +276,10 @@ def write_summary(
 ) -> None:
     """``summary.json``: nnU-Net's keys for one method, and everything else under ``calsegx``.
 
-    nnU-Net's ``metric_per_case`` (one entry per case and seed), ``mean`` (by label index) and ``foreground_mean`` are
-    over all domains of ``method``; its ``Dice`` is our DSC.  ``IoU``, ``TP``, ``FP``, ``FN``, ``TN``, ``n_pred`` and
-    ``n_ref`` are there as nnU-Net v2 writes them, among our own metrics.  Missing values are null.
+    nnU-Net's ``metric_per_case`` (one entry per case, seed and domain), ``mean`` (by label index) and
+    ``foreground_mean`` are over all domains of ``method``; its ``Dice`` is our DSC.  ``IoU``, ``TP``, ``FP``, ``FN``,
+    ``TN``, ``n_pred`` and ``n_ref`` are there as nnU-Net v2 writes them, among our own metrics.  Missing values are
+    null.
 
     Args:
         path: the file to write.
@@ -285,14 +293,14 @@ def write_summary(
         about: more to say under ``calsegx``.
     """
     labels = {name: str(index) for index, name in enumerate(class_names, start=1)}
-    cases: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    cases: dict[tuple[str, int, str], dict[str, dict[str, float]]] = {}
     for row in rows:
         if row.method == method and row.class_name in labels:
-            by_label = cases.setdefault((row.case_id, row.seed), {})
+            by_label = cases.setdefault((row.case_id, row.seed, row.domain), {})
             value = int(row.value) if row.metric in evaluate.COUNTS else row.value
             by_label.setdefault(labels[row.class_name], {})[_nnunet_name(row)] = value
     per_case = []
-    for (case_id, seed), by_label in cases.items():
+    for (case_id, seed, domain), by_label in cases.items():
         prediction, reference = (paths or {}).get(case_id, (None, None))
         per_case.append(
             {
@@ -301,6 +309,7 @@ def write_summary(
                 "reference_file": reference,
                 "case_id": case_id,
                 "seed": seed,
+                "domain": domain,
             }
         )
     mean = {label: _mean_of([c[label] for c in cases.values() if label in c]) for label in labels.values()}

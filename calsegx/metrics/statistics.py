@@ -148,16 +148,26 @@ def paired_difference(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, le
         InputError: for rows of different length, or infinite values.
     """
     a, b, dropped = _pairs(a, b)
-    kept = a - b
-    interval = bootstrap_interval(kept, rng, level)
-    if len(kept) < FEWEST_PAIRS:
-        p = math.nan
-    elif not kept.any():
-        p = 1.0
-    else:
-        # Without zeros here, as versions of scipy differ in when zeros switch off the exact distribution.
-        p = _wilcoxon_p(tuple(kept[kept != 0].tolist()))
-    return PairedDifference(interval.mean, interval.low, interval.high, p, interval.count, dropped)
+    interval = bootstrap_interval(a - b, rng, level)
+    return PairedDifference(interval.mean, interval.low, interval.high, wilcoxon_p(a, b), interval.count, dropped)
+
+
+def wilcoxon_p(a: np.ndarray, b: np.ndarray) -> float:
+    """The two-sided p of ``paired_difference`` alone, with its rules for few pairs, zeros and NaN.
+
+    Args:
+        a: [cases], the metric of one model per case.
+        b: [cases], of the other model, the same cases in the same order.
+
+    Raises:
+        InputError: for rows of different length, or infinite values.
+    """
+    a, b, _ = _pairs(a, b)
+    difference = a - b
+    if len(difference) < FEWEST_PAIRS:
+        return math.nan
+    # Without zeros here, as versions of scipy differ in when zeros switch off the exact distribution.
+    return _wilcoxon_p(tuple(difference[difference != 0].tolist())) if difference.any() else 1.0
 
 
 @functools.lru_cache(maxsize=8192)

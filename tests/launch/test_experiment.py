@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,9 @@ def test_the_command_says_what_is_wrong_and_writes_nothing(plan, tmp_path):
 
 
 def tables_of(folder):
-    return [(folder / name).read_bytes() for name in ("cases.csv", "table.md")]
+    return [
+        (folder / name).read_bytes() for name in ("cases.csv", "table.md", "table.tex", "summary.json", "report.html")
+    ]
 
 
 @pytest.mark.slow
@@ -183,8 +186,11 @@ def test_a_broken_experiment_goes_on_to_the_same_tables(plan, tmp_path, monkeypa
 
 def test_folds_are_made_once_and_kept(plan, tmp_path):
     path = plan(source="", folds={"protocol": "kfold", "folds": 2})
-    table = launcher.experiment(path, tmp_path / "out")
-    assert "all 2 folds pooled" in table.read_text()
+    page = launcher.experiment(path, tmp_path / "out")
+    assert "all 2 folds pooled" in page.with_name("table.md").read_text()
+    links = re.findall(r'href="([^"]+)"', page.read_text())
+    assert len(links) == 2 and all((page.parent / link).is_file() for link in links)
+    assert {"table.tex", "summary.json", "tables"} <= {path.name for path in page.parent.iterdir()}
     with (tmp_path / "out" / "cases.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     tested = {fold: {row["case_id"] for row in rows if row["fold"] == fold} for fold in ("1 of 2", "2 of 2")}
@@ -235,7 +241,7 @@ def test_a_method_with_a_backbone_of_its_own_stands_in_the_same_tables(plan, tmp
 @pytest.mark.slow
 def test_corrupted_test_cases(plan, tmp_path):
     path = plan(corruptions={"names": ["gaussian_noise"], "levels": [1, 5]})
-    table = launcher.experiment(path, tmp_path / "out").read_text()
+    table = launcher.experiment(path, tmp_path / "out").with_name("table.md").read_text()
     assert "corrupted; Source: clean" in table and "Gap: clean to gaussian_noise-5" in table
     with (tmp_path / "out" / "cases.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["images"] == pooled.CORRUPTED]
