@@ -10,7 +10,7 @@
     few_shot: [2, 4, 8]                         # training subjects, drawn by each seed
     corruptions: {names: [motion], levels: [1, 3, 5]}         # of launch.corrupt, on the test cases
     grid: {lambda1: [0.05, 0.1], lambda2: [0.5], margin: [5, 10], steps: [50, 100], rule: {lowest: ECE, region: p>0.01}}
-    external: {nnU-Net: predictions/fold{fold}} # other tools' predictions of the test cases, by what to call the tool
+    external: {nnU-Net: "predictions/fold{fold}"}   # other tools' predictions of the test cases, {fold} from 0
 
 Only ``methods`` is required.  A grid is searched on the validation cases of the source alone, with the first seed.
 """
