@@ -131,7 +131,7 @@ def _legend(figure: Any, axes: Any, fontsize: float, place: str = "outside lower
 
 def _fixed(width: float, height: float, panels: tuple[int, int], inches: Mapping[str, float]) -> tuple[Any, np.ndarray]:
     """A canvas with panels that share their axes and room around them, which is quicker than finding the room."""
-    figure = figures.canvas(width, height, layout=None)
+    figure = figures.canvas(width, height, constrained=False)
     figure.subplots_adjust(
         left=inches["left"] / width,
         right=1 - inches["right"] / width,

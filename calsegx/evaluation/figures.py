@@ -201,11 +201,11 @@ def dice_against_ece(points: Mapping[str, Mapping[str, tuple[float, float]]], re
     return to_png(figure)
 
 
-def canvas(width: float, height: float, layout: str | None = "constrained") -> Any:
-    """A matplotlib figure of this size in inches."""
+def canvas(width: float, height: float, constrained: bool = True) -> Any:
+    """A matplotlib figure of this size in inches; ``constrained``: it finds the room for labels by itself."""
     from matplotlib import figure
 
-    return figure.Figure(figsize=(width, height), dpi=110, layout=layout)
+    return figure.Figure(figsize=(width, height), dpi=110, layout="constrained" if constrained else None)
 
 
 def to_png(figure: Any) -> bytes:
@@ -259,7 +259,7 @@ def method_styles(names: Iterable[str]) -> dict[str, Style]:
     given = list(names)
     others = [name for name in dict.fromkeys(map(methods.base, given)) if name not in _COLOURS]
     spare = {
-        name: tuple(found[i % len(found)] for found in (_SPARE_COLOURS, _SPARE_MARKERS, _SPARE_LINES))
+        name: (_SPARE_COLOURS[i % len(_SPARE_COLOURS)], _SPARE_MARKERS[i % len(_SPARE_MARKERS)], _SPARE_LINES[i % 5])
         for i, name in enumerate(others)
     }
     own = {name: (colour, _MARKERS[name], _LINES.get(name, "-")) for name, colour in _COLOURS.items()}

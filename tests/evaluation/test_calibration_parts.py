@@ -20,7 +20,7 @@ def prediction(classes=CLASSES, seed=0, shape=(3, 12, 12)):
     return logits, probabilities.astype(np.float32), rng.integers(0, len(classes) + 1, shape)
 
 
-def evaluated(classes=CLASSES, names=("sam_ft", "calsam"), domains=("A", "B"), **fields):
+def evaluated(classes=CLASSES, names=("sam_ft",), domains=("A", "B"), **fields):
     """A record with the statistics and margins of one case per method and domain."""
     statistics, found = {}, {}
     for index, name in enumerate(names):
@@ -46,7 +46,7 @@ def drawn(monkeypatch):
 
 
 def test_a_classs_curve_is_the_one_computed_directly(drawn):
-    made = evaluated(names=("sam_ft",))
+    made = evaluated()
     calibration_parts.reliability_by_class(made)
     ((grid, title, *_),) = drawn
     assert title == "SAM-FT, region p>0.01" and list(grid) == ["scanner A (source)", "scanner B (target)"]
@@ -63,7 +63,7 @@ def test_a_classs_curve_is_the_one_computed_directly(drawn):
 
 
 def test_every_region_with_statistics_has_a_column(drawn):
-    made = evaluated(names=("sam_ft",))
+    made = evaluated()
     calibration_parts.reliability_by_region(made)
     ((grid, *_),) = drawn
     assert list(grid["scanner B (target)"]) == list(evaluate.REGIONS)
@@ -73,7 +73,7 @@ def test_every_region_with_statistics_has_a_column(drawn):
 
 
 def test_margins_of_many_targets_are_shown_together(drawn):
-    made = evaluated(names=("sam_ft",))
+    made = evaluated()
     many = {("sam_ft", f"site {i}"): made.margins["sam_ft", "A"] for i in range(6)}
     rows = [dataclasses.replace(made.rows[0], domain=domain) for _, domain in many]
     sites = [domain for _, domain in many]
@@ -114,6 +114,6 @@ def test_classes_that_never_occur_and_empty_regions_are_drawn(tmp_path):
     statistics = {("sam_ft", domain, "gt_fg"): empty for domain in "AB"}
     statistics |= {("sam_ft", "A", "p>0.01"): absent, ("sam_ft", "B", "p>0.01"): empty}
     nothing = {("sam_ft", "A"): np.zeros((2, margins.BINS), int)}
-    page = render(tmp_path / "report.html", evaluated(names=("sam_ft",), statistics=statistics, margins=nothing))
+    page = render(tmp_path / "report.html", evaluated(statistics=statistics, margins=nothing))
     assert all(section in page.text for section in SECTIONS)
     assert "nan" not in page.text.lower().split()

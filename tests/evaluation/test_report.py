@@ -179,7 +179,7 @@ def render(path, made):
 
 def test_the_whole_report_is_one_self_contained_file(tmp_path):
     rng = np.random.default_rng(0)
-    sums = calibration.calibration_statistics(rng.random(300), rng.integers(0, 2, 300))
+    sums = calibration.calibration_statistics(rng.dirichlet([1, 1, 1], 300), rng.integers(0, 3, 300))
     statistics = {("sam_ft", domain, "p>0.01"): sums for domain in "AB"}
     truth = np.zeros((12, 12), bool)
     truth[3:6, 3:8] = True
@@ -192,7 +192,8 @@ def test_the_whole_report_is_one_self_contained_file(tmp_path):
         gallery=[report.Picture("best case", drawn)],
     )
     page = render(tmp_path / "report.html", made)
-    assert len(page.loads) == 6  # reliability, scatter, training, gallery, ranks of source and target
+    # Reliability, by region and by class, scatter, training, gallery, ranks of source and target.
+    assert len(page.loads) == 8
     assert "<b>phantoms & more</b>" in page.text  # escaped, so it is text
     assert "Source: scanner A" in page.text and "Gap: A to B" in page.text
     assert "scanner B (target), class oedema" in page.text
