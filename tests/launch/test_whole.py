@@ -16,6 +16,7 @@ from calsegx.models.sam import weights
 from calsegx.training import model_folder
 from launch import components, export, predict, train
 
+pytestmark = pytest.mark.slow  # compiling the gradient of an encoder takes a while
 WHAT = {"license_name": "apache-2.0", "origin": "random numbers, trained on phantoms"}
 
 
