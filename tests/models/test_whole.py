@@ -72,7 +72,7 @@ def test_a_backward_pass_computes_the_blocks_again(folder):
     forward, again = flops(lambda loss: loss, False), flops(lambda loss: loss, True)
     assert forward == again
     added = flops(jax.grad, True) - flops(jax.grad, False)
-    assert 0.5 * forward < added <= forward
+    assert 0.2 * forward < added <= forward  # the neck is not computed again
 
 
 @pytest.mark.parametrize(
