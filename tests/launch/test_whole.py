@@ -1,6 +1,7 @@
 """SAM trained as a whole through every script, and MedSAM's recipe: boxes with jitter and AdamW."""
 
 import json
+import pathlib
 import shutil
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from calsegx.models.sam import weights
 from calsegx.training import model_folder
 from launch import components, export, predict, train
 
+pytestmark = pytest.mark.slow  # compiling the gradient of an encoder takes a while
 WHAT = {"license_name": "apache-2.0", "origin": "random numbers, trained on phantoms"}
 
 
@@ -50,7 +52,7 @@ def test_the_encoder_is_trained_with_the_decoder(run, made, small_sam):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert len(losses) == 4 and losses[-1] < losses[0]
-    cache = features.FeatureCache(made.data.cache)
+    cache = features.FeatureCache(pathlib.Path(made.data.cache))
     assert cache.read_slices("subject001_A", "view0", 0).features.shape == (64, 64, 3)
     assert "Backbone: sam_whole" in (run / "model" / "README.md").read_text()
 

@@ -20,7 +20,7 @@ class ImageEncoder(nn.Module):
 
     ``whole(name, params, x)`` makes a block's parameters whole where they are stored in parts; it is given the block's
     input, so that it can wait for it.  With ``checkpoint`` a backward pass keeps the input of every block alone and
-    computes the rest of it again.
+    computes the rest of it again, except on a CPU, where XLA merges the two computations.
     """
 
     config: SamConfig

@@ -57,7 +57,7 @@ def encode(
         images: sides are multiples of the patch size.
         dtype: what the encoder computes in; with bfloat16, softmax, LayerNorm, GELU and logits stay in float32.
         whole: for blocks whose parameters are stored in parts, see ``ImageEncoder``.
-        checkpoint: for less memory where the encoder is trained: a quarter more arithmetic (ViT-B), the same numbers.
+        checkpoint: less memory where the encoder is trained, a quarter more arithmetic (ViT-B), the same numbers.
 
     Raises:
         UsageError: for sides that are not multiples of the patch size.
