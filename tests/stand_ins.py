@@ -27,7 +27,7 @@ from tests.launch.test_layouts import fill
 from tests.weights_conversion import checkpoints
 
 # Appended to a command, so that a page may show real sizes.
-QUICK = "--config.steps=2 --config.batch_size=4 --config.validate_every=2 --config.save_every=2 --config.data.views=1"
+QUICK = "--config.steps=2 --config.batch_size=2 --config.validate_every=2 --config.save_every=2 --config.data.views=1"
 TINY = {
     "launch.train": QUICK,
     "launch.doctor": QUICK,
@@ -123,7 +123,7 @@ def plan(path):
     content, weights = yaml.safe_load((snippets.ROOT / "configs" / path.name).read_text()), path.parents[1] / SMALL_SAM
     if not weights.exists():
         small_sam(weights)
-    sizes = {"steps": 2, "batch_size": 4, "validate_every": 2, "save_every": 2}
+    sizes = {"steps": 2, "batch_size": 2, "validate_every": 2, "save_every": 2}
     data = {**content["config"].get("data", {}), "views": 1}
     content["config"] = {**content["config"], **sizes, "data": data, "model": {"weights": str(weights)}}
     path.write_text(yaml.safe_dump({**content, "methods": content["methods"][:2], "seeds": [42]}))
