@@ -9,11 +9,9 @@ once for all cells.  ``evaluation/`` holds a report per fold; ``report.html``, `
 """
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +20,13 @@ from absl import flags
 from calsegx import configs, files, locks
 from calsegx import experiment as plans
 from calsegx.data import cases as case_tools
-from calsegx.data import classes, folds, splits
+from calsegx.data import classes
 from calsegx.data.corruptions import manifest
 from calsegx.evaluation import experiment_files, experiment_report, external, methods, pooled, tables
-from calsegx.interfaces import DataError, Dataset, UsageError
+from calsegx.interfaces import Dataset
 from calsegx.training import checkpoints, interruption, model_folder, progress
-from launch import common, components, corrupt, evaluate, grid_search, split, train
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run."""
-
-    method: str
-    weights: Mapping[str, float]  # of the grid
-    config: configs.TrainConfig
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the cells of one table share: a fold, how many subjects are trained on, and how prompts are placed."""
-
-    name: str  # of the fold; empty: the dataset's own split
-    number: int
-    source: str  # the domain that is trained on; empty: all
-    subjects: int  # 0: all
-    file: Path | None  # of folds; None: the dataset's own split
-    prompts: str  # a protocol; empty: that of the method
-
-    @property
-    def evaluation(self) -> str:
-        """Part of the path of its evaluations, which has the protocol anyway."""
-        return f"fold{self.number}" + (f"/subjects{self.subjects}" if self.subjects else "")
-
-    @property
-    def folder(self) -> str:
-        """Part of the path of its runs."""
-        return self.evaluation + (f"/{self.prompts}" if self.prompts else "")
+from launch import common, components, corrupt, evaluate, experiment_cells, grid_search, train
+from launch.experiment_cells import Cell, Setting
 
 
 class Trainer:
@@ -71,7 +38,7 @@ class Trainer:
     def train(self, cell: Cell) -> None:
         """Train a cell, go on with it, or leave it as it is when it is finished."""
         self._number += 1
-        if is_finished(cell):
+        if experiment_cells.is_finished(cell):
             return
         left = ""
         if self._seconds:
@@ -113,11 +80,11 @@ def experiment(path: Path, workdir: Path, root: str = "") -> Path:
         corrupt.corrupt(data, names, levels, folder)
 
     with locks.exclusive(workdir):
-        settings = make_settings(plan, dataset, workdir)
-        known = [cell for setting in settings for cell in _cells(plan, setting, workdir)]
+        settings = experiment_cells.make_settings(plan, dataset, workdir)
+        known = [cell for setting in settings for cell in experiment_cells.make_cells(plan, setting, workdir)]
         folds_of = {setting.number: setting for setting in settings} if plan.external else {}
         others = {number: _others(plan, s, workdir, parts.class_map) for number, s in folds_of.items()}
-        trainer = Trainer(_count(plan) * len(settings), sum(map(is_finished, known)))
+        trainer = Trainer(experiment_cells.count(plan) * len(settings), sum(map(experiment_cells.is_finished, known)))
         found = []
         for setting in settings:
             cells = _trained(plan, setting, workdir, trainer)
@@ -134,56 +101,6 @@ def experiment(path: Path, workdir: Path, root: str = "") -> Path:
         )
         experiment_files.write(workdir, record, parts.class_map.names)
     return workdir / "report.html"
-
-
-def make_settings(plan: plans.Plan, dataset: Dataset, workdir: Path) -> list[Setting]:
-    """The folds, written to ``splits.json`` and checked for leaks, and for few-shot training each size of them.
-
-    Raises:
-        UsageError: when ``workdir`` holds other folds, or a fold has fewer subjects than are asked for.
-        DataError: for a leak.
-    """
-    data = plan.config.data
-    if not plan.protocol:
-        made, file = [_own_split(dataset, data)], None
-    else:
-        file = workdir / "splits.json"
-        asked = {
-            "data": str(dataset.root.resolve()),
-            "protocol": plan.protocol,
-            "classes": data.classes,
-            **dataclasses.asdict(plan.options),
-        }
-        _once(workdir / "folds.json", asked, lambda: _make_folds(plan, dataset, file), [file])
-        made = splits.read(file)
-    column = {case.case_id: case_tools.domain(case, data.domain) for case in dataset.cases}
-    found = []
-    for size in plan.few_shot or (0,):
-        for seed in plan.seeds if size else ():
-            reduced = [folds.with_fewer_subjects(dataset, fold, size, seed) for fold in made]
-            splits.write(_few_shot_file(workdir, size, seed), reduced)
-        for number, fold in enumerate(made):
-            source = column[fold["train"][0]] if plan.protocol == "domain" else data.source
-            found += [Setting(fold.get("name", ""), number, source, size, file, p) for p in plan.prompts or ("",)]
-    return found
-
-
-def is_finished(cell: Cell) -> bool:
-    """Whether the cell's model is there.
-
-    Raises:
-        UsageError: when it was trained with other settings.
-    """
-    if not (cell.folder / "model" / "model.json").exists():
-        return False
-    _, record = model_folder.load(cell.folder)
-    trained = configs.from_dict(configs.TrainConfig, record["config"], "model.json")
-    for name, (old, new) in configs.differences(configs.to_dict(trained), configs.to_dict(cell.config)).items():
-        raise UsageError(
-            f"{cell.folder} was trained with {name}={old!r}, and the experiment now asks for {new!r}; name another "
-            "--workdir, or remove that run."
-        )
-    return True
 
 
 def _describe(plan: plans.Plan, dataset: Dataset) -> dict[str, str]:
@@ -203,72 +120,18 @@ def _selections(settings: Iterable[Setting], workdir: Path) -> dict[str, Any]:
     found = {}
     for setting in settings:
         name = setting.folder.replace("/", ", ") + (f" ({setting.name})" if setting.name else "")
-        found[name] = json.loads(_selection_file(setting, workdir).read_text())
+        found[name] = json.loads(experiment_cells.selection_file(setting, workdir).read_text())
     return found
-
-
-def _selection_file(setting: Setting, workdir: Path) -> Path:
-    return workdir / "selection" / f"{setting.folder.replace('/', '_')}.json"
-
-
-def _own_split(dataset: Dataset, data: configs.DataConfig) -> splits.Fold:
-    return {
-        part: [case.case_id for case in case_tools.select(dataset, data, part)]
-        for part in splits.PARTS
-        if part != "test" or any(case.split == part for case in dataset.cases)
-    }
-
-
-def _make_folds(plan: plans.Plan, dataset: Dataset, file: Path) -> None:
-    data = plan.config.data
-    print(split.split(dataset.root, plan.protocol, plan.options, file, layout=data.layout, spec=data.classes))
-
-
-def _few_shot_file(workdir: Path, size: int, seed: int) -> Path:
-    return workdir / "few_shot" / f"subjects{size}_seed{seed}.json"
-
-
-def _cell(
-    plan: plans.Plan, setting: Setting, workdir: Path, method: str, weights: Mapping[str, float], seed: int
-) -> Cell:
-    config = plan.settings(method, weights)
-    config = dataclasses.replace(config, protocol=setting.prompts or config.protocol)
-    every = config.protocol in configs.EVERY_SLICE  # another cache: more slices are encoded
-    cache = config.data.cache or str(workdir / ("features_every_slice" if every else "features"))
-    cache += _other_backbone(plan, config)
-    file = _few_shot_file(workdir, setting.subjects, seed) if setting.subjects else setting.file
-    data = dataclasses.replace(
-        config.data, cache=cache, source=setting.source, splits=str(file or ""), fold=setting.number if file else 0
-    )
-    config = train.with_absolute_paths(dataclasses.replace(config, seed=seed, data=data))
-    name = "_".join([method, *(f"{key}={value:g}" for key, value in weights.items()), f"seed{seed}"])
-    return Cell(method, weights, config, workdir / "runs" / setting.folder / name)
-
-
-def _other_backbone(plan: plans.Plan, config: configs.TrainConfig) -> str:
-    """What tells apart the cache and the evaluation of a method that brings a backbone of its own."""
-    name = config.model.backbone
-    return "" if name == plan.config.model.backbone else f"_{name}"
-
-
-def _cells(plan: plans.Plan, setting: Setting, workdir: Path) -> Iterable[Cell]:
-    """All that may be trained: with a grid, more than will be."""
-    for method in plan.methods:
-        for weights in plan.candidates(method):
-            for seed in plan.seeds:
-                yield _cell(plan, setting, workdir, method, weights, seed)
-
-
-def _count(plan: plans.Plan) -> int:
-    """Cells of one setting: every candidate with the first seed, the chosen ones with the others."""
-    return sum(len(plan.candidates(method)) + len(plan.seeds) - 1 for method in plan.methods)
 
 
 def _trained(plan: plans.Plan, setting: Setting, workdir: Path, trainer: Trainer) -> list[Cell]:
     """The cells that are evaluated, trained; with a grid the candidates first."""
     first, *others = plan.seeds
     tried = {
-        method: [_cell(plan, setting, workdir, method, weights, first) for weights in plan.candidates(method)]
+        method: [
+            experiment_cells.make_cell(plan, setting, workdir, method, weights, first)
+            for weights in plan.candidates(method)
+        ]
         for method in plan.methods
     }
     for cells in tried.values():
@@ -278,14 +141,23 @@ def _trained(plan: plans.Plan, setting: Setting, workdir: Path, trainer: Trainer
     found = []
     for seed in plan.seeds:
         for method, cell in chosen.items():
-            own = cell if seed == first else _cell(plan, setting, workdir, method, cell.weights, seed)
+            own = (
+                cell
+                if seed == first
+                else experiment_cells.make_cell(plan, setting, workdir, method, cell.weights, seed)
+            )
             if seed in others:
                 trainer.train(own)
             found.append(own)
     return found
 
 
-def _chosen(plan: plans.Plan, setting: Setting, tried: Mapping[str, Sequence[Cell]], workdir: Path) -> dict[str, Cell]:
+def _chosen(
+    plan: plans.Plan,
+    setting: Setting,
+    tried: Mapping[str, Sequence[Cell]],
+    workdir: Path,
+) -> dict[str, Cell]:
     """The cell of every method that the rule chooses; what it saw is written to ``selection/``."""
     scores = {
         method: [grid_search.score(cell.folder, cell.weights, plan.rule) for cell in cells]
@@ -303,7 +175,7 @@ def _chosen(plan: plans.Plan, setting: Setting, tried: Mapping[str, Sequence[Cel
             "chosen": dict(best.weights),
             "candidates": [dataclasses.asdict(candidate) for candidate in candidates],
         }
-    files.write_atomically(_selection_file(setting, workdir), json.dumps(content, indent=2) + "\n")
+    files.write_atomically(experiment_cells.selection_file(setting, workdir), json.dumps(content, indent=2) + "\n")
     return chosen
 
 
@@ -313,7 +185,7 @@ def _others(
     """Other tools' predictions of a fold's test cases, all read before anything is trained."""
     folders = {name: Path(folder.replace("{fold}", str(setting.number))) for name, folder in plan.external.items()}
     external.check(folders)
-    data = _cell(plan, setting, workdir, plan.methods[0], {}, plan.seeds[0]).config.data
+    data = experiment_cells.make_cell(plan, setting, workdir, plan.methods[0], {}, plan.seeds[0]).config.data
     test = [case for case in case_tools.select(case_tools.load(data), data, "test") if case.label is not None]
     found = [external.Predictions(name, folder, class_map, data.slice_axis) for name, folder in folders.items()]
     return [(one.folder, one.survey(test)) for one in found]
@@ -335,7 +207,9 @@ def _evaluated(
     groups: dict[tuple[str, str, int | None], list[Cell]] = {}
     for cell in cells:
         seed = cell.config.seed if setting.subjects else None
-        groups.setdefault((cell.config.protocol, _other_backbone(plan, cell.config), seed), []).append(cell)
+        groups.setdefault((cell.config.protocol, experiment_cells.other_backbone(plan, cell.config), seed), []).append(
+            cell
+        )
     found = []
     for (protocol, other, seed), members in groups.items():
         name = protocol + other + ("" if seed is None else f"_seed{seed}")
@@ -363,7 +237,7 @@ def _evaluated(
                 external={survey.method: folder for folder, survey in others},
             )
 
-        _once(folder / "asked.json", asked, work, [folder / "cases.csv"], again=True)
+        experiment_cells.once(folder / "asked.json", asked, work, [folder / "cases.csv"], again=True)
         rows = tables.read_cases(folder / "cases.csv")
         if seed is not None:  # the guesses were fitted on this seed's subjects
             rows = [dataclasses.replace(r, seed=seed) if r.method in methods.UNTRAINED else r for r in rows]
@@ -374,36 +248,6 @@ def _evaluated(
         page = (folder / "report.html").relative_to(workdir).as_posix()
         found.append(pooled.Part(setting.name, setting.subjects, protocol, images, source, rows, (page,)))
     return found
-
-
-def _once(
-    record: Path, asked: Mapping[str, Any], work: Callable[[], None], results: Sequence[Path], again: bool = False
-) -> None:
-    """Do ``work`` unless ``record`` says that it was done as ``asked`` and its ``results`` are still those.
-
-    Raises:
-        UsageError: when it was done for something else, unless it may be done ``again``.
-        DataError: when ``record`` is damaged.
-    """
-    try:
-        known = json.loads(record.read_text()) if record.exists() else None
-    except ValueError as error:
-        raise DataError(f"{record} is damaged ({error}); remove it, and what it stands for is made again.") from error
-    if known and known["asked"] == asked and known["results"] == _hashes(results):
-        return
-    if known and known["asked"] != asked and not again:
-        name, (old, new) = next(iter(configs.differences(known["asked"], asked).items()))
-        raise UsageError(
-            f"{results[0]} was made with {name}={old!r}, and the experiment now asks for {new!r}; name another "
-            "--workdir."
-        )
-    work()
-    content = {"asked": asked, "results": _hashes(results)}
-    files.write_atomically(record, json.dumps(content, indent=2) + "\n")
-
-
-def _hashes(paths: Iterable[Path]) -> list[str]:
-    return [hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "" for path in paths]
 
 
 def define_flags() -> None:
