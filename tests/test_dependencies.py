@@ -15,7 +15,7 @@ ALLOWED = {
     "registry": {"interfaces"},
     "configs": {"interfaces"},
     "files": {"interfaces"},
-    "models": set(),
+    "models": {"bundle"},  # sam.load opens one
     "losses": set(),
     "metrics": set(),
     "calibrators": set(),

@@ -152,16 +152,22 @@ def _write_arrays(
 def load(folder: Path | str) -> tuple[SamConfig, Params]:
     """Read a weights folder: configuration and float32 parameters, numpy arrays, each held once.
 
+    Of a bundle of ``launch.export``, folder or zip, the trained SAM: ``bundle.load_sam``.
+
     Raises:
         DataError: when the folder is incomplete, a checksum differs, a file is not what its name says, or names and
             shapes do not fit.
     """
     folder = Path(folder)
+    if folder.is_file() or (folder / "bundle.json").is_file():
+        from calsegx import bundle  # which stands on this module
+
+        return bundle.load_sam(folder)
     for name in (*FILES[:2], "SHA256SUMS"):
         if not (folder / name).is_file():
             raise DataError(
                 f"{folder} is not a weights folder: {name} is missing; give a folder that holds "
-                f"{', '.join(FILES)} and SHA256SUMS (a bundle of launch.export: calsegx.bundle.load_sam)."
+                f"{', '.join(FILES)} and SHA256SUMS, or a bundle of launch.export."
             )
     verify(folder)
     try:
