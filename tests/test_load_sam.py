@@ -70,8 +70,9 @@ def test_a_bundle_of_another_network_or_other_weights_is_refused(folder, tmp_pat
         bundle.load_sam(tmp_path / "other")
     _, content = write(tmp_path, backbone, "sam", 1)
     bundle.write(tmp_path / "made", content | encoder)
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="or a bundle of launch.export"):
-        sam.load(tmp_path / "made")
+        sam.load(tmp_path / "nothing")
     monkeypatch.setattr(weights, "fingerprint", lambda folder: "0" * 64)
     with pytest.raises(DataError, match="restore those weights"):
         bundle.load_sam(tmp_path / "made")
