@@ -9,7 +9,6 @@ each scanned by A and by B, are then held against it.  A flagged case on A is a 
 
 import pathlib
 import tempfile
-from typing import Any
 
 import numpy as np
 from absl import flags
@@ -17,6 +16,7 @@ from absl import flags
 from benchmarks import measure
 from calsegx import configs
 from calsegx.data import phantoms, training_domain
+from calsegx.interfaces import Case
 from calsegx.training import caching
 from launch import components
 
@@ -42,16 +42,15 @@ def rows_of(seed: int, severity: float, train: int, test: int, folder: pathlib.P
     parts = components.build(configs.TrainConfig(data=data))
     encode = caching.case_encoder(parts.backbone, 0, components.encoder_mesh(parts.config))
 
-    def look(case: Any) -> training_domain.Look:
+    def vectors(case: Case) -> np.ndarray:
         prepared = parts.prepare(case)
-        slices = training_domain.slice_vectors(encode(prepared), prepared.geometry)
-        return training_domain.Look(prepared.intensities, slices)
+        return training_domain.slice_vectors(encode(prepared), prepared.geometry)
 
-    known = training_domain.describe(map(look, parts.select("train")))["features"]
+    known = training_domain.describe(training_domain.Look({}, vectors(c)) for c in parts.select("train"))["features"]
     rows = []
     for scanner in phantoms.VENDORS:
         tested = [case for case in parts.select("test") if case.scanner == scanner]
-        slices = [training_domain.distances(known, look(case).slices) for case in tested]
+        slices = [training_domain.distances(known, vectors(case)) for case in tested]
         distances = np.array([np.median(found) for found in slices])
         rows.append(
             {
