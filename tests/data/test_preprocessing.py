@@ -57,6 +57,9 @@ def test_prepare_case(case):
     native = frames.points_from_frame(prepared.prompts["gt_points"].points, prepared.geometry)
     np.testing.assert_allclose(native[0, 0], [19 - 6.5, 23 - 12.5], atol=1e-4)
     assert prepared.prompts["gt_points"].labels.tolist() == [[1, 0]] * 3
+    raw = np.asarray(nibabel.load(case.images["T2"]).dataobj)
+    assert prepared.intensities["T2"] == pytest.approx(np.percentile(raw, [0.5, 50, 99.5]))
+    assert set(prepared.intensities) == {"T1", "T2"} and not prepare(case, rng=np.random.default_rng(0)).intensities
     # Both kinds of prompts, whatever the protocol: one feature cache serves both.
     corners = frames.points_from_frame(prepared.prompts["gt_box"].boxes.reshape(-1, 2, 2), prepared.geometry)
     np.testing.assert_allclose(corners[0], [[11, 8], [14, 13]], atol=1e-4)

@@ -11,8 +11,9 @@ import pytest
 
 from calsegx.data import cases as case_tools
 from calsegx.data import phantoms
+from calsegx.evaluation import case_report
 from calsegx.interfaces import DataError, InputError, UsageError
-from calsegx.training import checkpoints, model_folder
+from calsegx.training import caching, checkpoints, model_folder
 from launch import cache_features, components, evaluate, predict, train, trained_runs
 
 
@@ -42,6 +43,22 @@ def test_training_leaves_a_log_and_a_model(runs):
     start = components.of_model(model, "").backbone.trainable
     moved = np.abs(params["mask_tokens"] - np.asarray(start["mask_tokens"])).max()
     assert 0 < moved < 0.01
+
+
+def test_the_model_knows_what_its_training_cases_look_like(config, runs):
+    record = model_folder.load(runs[0])[1]
+    domain = record["training_domain"]
+    assert domain["cases"] == 3 and set(domain["intensities"]) == {"T1c", "T2", "FLAIR"}
+    assert not any(case_id in json.dumps(domain) for case_id in record["cases"])
+    assert domain == model_folder.load(runs[1])[1]["training_domain"]  # it follows from data and encoder alone
+    parts = components.build(config)
+    encode = caching.case_encoder(parts.backbone, 0, components.encoder_mesh(config))
+    case = parts.prepare(parts.select("test")[0])
+    probabilities = np.zeros((*case.reference.voxels.shape, 1), np.float32)
+    report = case_report.case_report(probabilities, ["tumour"], case, "gt_points", encode(case), domain)
+    assert report["training_domain"]["distance"] > 0 and report["training_domain"]["limit"] > 0
+    low, high = (domain["intensities"]["T2"][end][1] for end in ("lowest", "highest"))
+    assert low / 2 < report["intensities"]["T2"][1] < high * 2
 
 
 def test_the_encoder_stays_frozen_and_the_cache_is_shared(config, runs):
