@@ -41,6 +41,7 @@ def record(**data):
         "dataset": "Dataset001",
         "seen": SEEN,
         "training data": "0",
+        "training_domain": {"cases": 2, "intensities": {}, "features": None},
     }
 
 
@@ -123,6 +124,7 @@ def test_a_folder_and_a_zip_come_back(content, folder, tmp_path):
 
 def test_names_and_paths_do_not_go_along():
     public = bundle.public_record(record(), "encoder")
+    assert public["training_domain"] == record()["training_domain"]
     text = json.dumps(public)
     assert not [word for word in ("Doe", "Roe", "hospital", "training data") if word in text]
     assert public["seen"]["train"] == [

@@ -158,9 +158,9 @@ def _of_prompts(labels: np.ndarray, prepared: preprocessing.PreparedCase, protoc
     prompts = pipeline.protocol_prompts(prepared.prompts, protocol)
     if protocol == "none" or not len(prepared.slices):
         return
-    predicted, shown = _on_prompted(prepared, labels > 0), prepared.images.any(axis=-1)
+    predicted, shown = _on_prompted(prepared, labels > 0), prepared.images.max(axis=-1) > 0
     if protocol == "volume_points":  # one set of points for the volume, whose own slices are not kept
-        predicted, shown = (volume.any(axis=0, keepdims=True) for volume in (predicted, shown))
+        predicted, shown = (volume.max(axis=0, keepdims=True) for volume in (predicted, shown))
     if prompts.boxes is not None:
         corners = _pixels(prepared, prompts.boxes.reshape(-1, 2, 2))
         inside = [
@@ -169,7 +169,7 @@ def _of_prompts(labels: np.ndarray, prepared: preprocessing.PreparedCase, protoc
         ]
         yield from _outside(np.array(inside), "boxes", "hold no segmented voxel")
         return
-    points, kinds = (values[: len(predicted)] for values in (prompts.points, prompts.labels))
+    points, kinds = (np.asarray(values)[: len(predicted)] for values in (prompts.points, prompts.labels))
     row, which = np.nonzero(kinds == FOREGROUND)
     column, line = _pixels(prepared, points[row, which]).T
     yield from _outside(predicted[row, line, column], "foreground points", "lie outside what was segmented")
