@@ -91,9 +91,9 @@ def predict(
     left = [case for case in cases if case.case_id not in masks]
     predicted, failed = prediction.predict_cases(batch, left)
     masks |= predicted
-    for case_id, error in failed.items():
-        print(f"failed: {case_id}: {error}", file=sys.stderr)
     if failed:
+        for case_id, error in failed.items():
+            print(f"failed: {case_id}: {error}", file=sys.stderr)
         case_id, error = next(iter(failed.items()))
         raise DataError(f"{len(failed)} of {len(cases)} cases failed; the first: {case_id}: {error}")
     return [masks[case.case_id] for case in cases]

@@ -2,6 +2,12 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
 
 import nibabel
 import numpy as np
@@ -14,7 +20,9 @@ from calsegx.evaluation import prediction_files
 from calsegx.interfaces import DataError, UsageError
 from calsegx.training import model_folder
 from calsegx.uncertainty import scores
-from launch import components, predict
+from launch import components, export, predict
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 AFFINE = np.array([[-1.0, 0.1, 0, 5], [0.1, 1.2, 0, -3], [0, 0, 3, 7], [0, 0, 0, 1]])
 DEPTHS = {"p1": 3, "p2": 5, "p3": 4}  # slices of the cases
@@ -27,7 +35,8 @@ def save_model(config, folder, **changes):
         config, data=dataclasses.replace(config.data, channels="T1c,T2,T2", cache=""), **changes
     )
     parts = components.build(config)
-    record = components.metadata(parts, components.feature_cache(parts, folder).fingerprint, {})
+    none = {"train": (), "val": ()}
+    record = components.metadata(parts, components.feature_cache(parts, folder).fingerprint, none)
     record |= {"config": configs.to_dict(config), "backbone": parts.backbone.fingerprint, "cases": []}
     model_folder.save(folder, parts.backbone.trainable, record)
     return folder
@@ -264,3 +273,27 @@ def test_pictures_and_lists(run, config, tmp_path):
         predict.predict(grey, tmp_path, listed=listed)
     with pytest.raises(UsageError, match="one of the two"):
         predict.predict(grey, tmp_path / "out", str(tmp_path), listed=listed)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run(run, scans, clicks, tmp_path):
+    """In a folder where what they name lies; p01 is one of the scans."""
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    shutil.copytree(run, tmp_path / "runs" / "mine" / "calsam")
+    export.export(run, tmp_path / "calsam.zip", "apache-2.0", "random numbers")
+    (tmp_path / "clicks.tsv").write_text(clicks.read_text().replace(",", "\t"))
+    (tmp_path / "p01.tsv").write_text("case_id\ti\tj\tk\tlabel\np01\t6\t7\t1\t1\n")
+    for number in range(2):
+        shutil.copyfile(scans / f"p1_{number:04d}.nii.gz", tmp_path / f"p01_{number:04d}.nii.gz")
+    commands = re.findall(
+        r"^python -m (launch\.predict .*)$", (ROOT / "docs" / "prediction.md").read_text(), re.MULTILINE
+    )
+    for command in commands:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "user_cache")}
+        done = subprocess.run(
+            [sys.executable, "-m", *command.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "slices/s" in done.stdout and "masks with their probabilities are in" in done.stdout
+    assert (tmp_path / "predictions" / "p3.json").is_file() and (tmp_path / "p01" / "p01_uncertainty.nii.gz").is_file()
+    assert len(list((tmp_path / "derivatives" / "calsegx").glob("sub-*/anat/*_dseg.nii.gz"))) == 3

@@ -97,7 +97,7 @@ def test_predictions_of_real_scans_lie_on_their_grid(clinic, run, tmp_path):
     (tmp_path / "clicks.tsv").write_text("\n".join(clicks) + "\n")
     with pytest.raises(DataError, match="1 of 6 cases failed; the first: standard: .*constant"):  # and stops no other
         predict.predict(run, tmp_path / "out", str(clinic), tmp_path / "clicks.tsv")
-    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2 * len(VOLUMES)
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 3 * len(VOLUMES)
     for name, (_, _, k) in VOLUMES.items():
         case_id = name.split(".")[0]
         original = nibabel.load(clinic / name)
