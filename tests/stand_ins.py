@@ -64,6 +64,39 @@ def clicks(path):
         new_cases(path.with_name("NEW_CASES"))
 
 
+def scans(path):
+    """The new cases as a plain folder, numbered as the three channels of ``DATASET`` that a model takes by default."""
+    clicks(path.with_name("clicks.tsv"))
+    path.mkdir()
+    for image in (path.with_name("NEW_CASES") / "imagesTs").glob("*_000[0-2].nii.gz"):
+        shutil.copy(image, path)
+
+
+def one_scan(name):
+    """A function that copies a channel of the first of the new cases, or writes its clicks, as case ``p01``."""
+
+    def write(path):
+        cases = path.with_name("NEW_CASES") / "imagesTs"
+        clicks(path.with_name("clicks.tsv"))
+        case_id = sorted(cases.iterdir())[0].name[:-12]
+        if name == "p01.tsv":
+            head, *rows = path.with_name("clicks.tsv").read_text().splitlines()
+            own = [row.replace(case_id, "p01") for row in rows if row.startswith(f"{case_id}\t")]
+            path.write_text("\n".join([head, *own]) + "\n")
+        else:
+            shutil.copy(cases / name.replace("p01", case_id), path)
+
+    return write
+
+
+def masks(path):
+    """Another tool's masks of the test cases: the truth."""
+    root = path.parents[1] / "DATASET"
+    if not root.exists():
+        dataset(root)
+    shutil.copytree(root / "labelsTs", path)
+
+
 def participants(path):
     """Scanners by the subjects of the phantoms."""
     rows = [f"subject{number:03d}\t{('GE', 'Siemens')[number % 2]}" for number in range(1, 13)]
@@ -135,6 +168,9 @@ STAND_INS = {
     "DATASET": dataset,
     "NEW_CASES": new_cases,
     "clicks.tsv": clicks,
+    "scans": scans,
+    **{name: one_scan(name) for name in ("p01.tsv", *(f"p01_000{channel}.nii.gz" for channel in range(3)))},
+    "predictions/nnunet": masks,
     "LABELLED_CASES": lambda path: dataset(path, seed=8),
     "participants.tsv": participants,
     SMALL_SAM: small_sam,
