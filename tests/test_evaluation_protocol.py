@@ -1,7 +1,6 @@
 """docs/evaluation-protocol.md: its tables are the simulation's, what it says of them holds, its example runs."""
 
 import importlib.util
-import inspect
 import pathlib
 import re
 
@@ -11,7 +10,6 @@ from scipy import special
 
 from calsegx.evaluation import compare, evaluate
 from calsegx.metrics import regions, statistics
-from launch import evaluate as launch_evaluate
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "evaluation-protocol.md").read_text()
@@ -80,14 +78,3 @@ def test_the_example_runs(capsys):
     exec(compile(block, "docs/evaluation-protocol.md", "exec"), names)
     assert names["difference"].low > 0 and names["difference"].p < 0.05
     assert re.fullmatch(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\], p = 0\.\d{3}\n", capsys.readouterr().out)
-
-
-def test_the_flags_of_the_command_exist():
-    (line,) = re.findall(r"^python -m launch\.evaluate (.*)$", PAGE, re.MULTILINE)
-    defined = re.findall(r'(?:DEFINE_\w+|define_folder)\("(\w+)"', inspect.getsource(launch_evaluate.define_flags))
-    assert set(re.findall(r"--(\w+)", line)) <= {*defined}
-
-
-def test_links_exist():
-    for target in re.findall(r"\]\(([^)#]+)[)#]", PAGE):
-        assert (DOCS / target).exists(), target

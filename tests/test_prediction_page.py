@@ -15,9 +15,7 @@ PAGE = (ROOT / "docs" / "prediction.md").read_text()
 COMMANDS = re.findall(r"^python -m launch\.predict (.*)$", PAGE, re.MULTILINE)
 
 
-def test_links_protocols_and_files_are_right():
-    for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
-        assert (ROOT / "docs" / target).exists(), target
+def test_protocols_and_files_are_right():
     assert set(configs.PROTOCOLS) <= set(re.findall(r"`(\w+)`", PAGE))
     assert {prediction_files.OWNER, prediction_files.LABELS} <= set(re.findall(r"`([\w.]+)`", PAGE))
     for name in prediction_files._bids_texts({}):
