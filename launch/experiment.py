@@ -241,8 +241,9 @@ def _evaluated(
         rows = tables.read_cases(folder / "cases.csv")
         if seed is not None:  # the guesses were fitted on this seed's subjects
             rows = [dataclasses.replace(r, seed=seed) if r.method in methods.UNTRAINED else r for r in rows]
-        if other and (protocol, "", seed) in groups:  # the same guesses stand beside the plan's own backbone
-            rows = [row for row in rows if row.method not in methods.UNTRAINED]
+        if other and (protocol, "", seed) in groups:  # the same ones stand beside the plan's own backbone
+            shared = {*methods.UNTRAINED, *(survey.method for _, survey in others)}
+            rows = [row for row in rows if row.method not in shared]
         images = pooled.CORRUPTED if make_shift else pooled.AS_THEY_ARE
         source = manifest.CLEAN if make_shift else setting.source
         page = (folder / "report.html").relative_to(workdir).as_posix()

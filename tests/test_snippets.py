@@ -143,8 +143,19 @@ def weights(names, printed):
     assert names["masks"].shape == (1, 3, 120, 90) and names["masks"].dtype == bool
 
 
+def protocol(names, printed):
+    assert names["difference"].low > 0 and names["difference"].p < 0.05
+    assert re.fullmatch(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\], p = 0\.\d{3}\n", printed[0])
+
+
 # What a page's Python must come to, where running is not enough: a function of its names and of what each block prints.
-COMES_TO = {"README.md": readme, "docs/methods.md": methods, "docs/corruptions.md": darker, "docs/weights.md": weights}
+COMES_TO = {
+    "README.md": readme,
+    "docs/methods.md": methods,
+    "docs/corruptions.md": darker,
+    "docs/weights.md": weights,
+    "docs/evaluation-protocol.md": protocol,
+}
 
 
 @pytest.mark.parametrize("page", [page for page in snippets.PAGES if light(page)])

@@ -50,11 +50,10 @@ def _write_summary(path: Path, experiment: Experiment, class_names: Sequence[str
         for part in families[0].parts
         for row in part.rows
     ]
-    present = {row.method for row in rows}
-    method = next(
-        (name for name in ("calsam", *methods.ADDITIONS, methods.BASELINE) if name in present),
-        next(iter(methods.order(present)), ""),
-    )
+    present = methods.order(row.method for row in rows)
+    trained = [name for name in present if name not in methods.UNTRAINED]
+    first = ("calsam", *methods.ADDITIONS, methods.BASELINE, *trained, *present)
+    method = next((name for name in first if name in present), "")
     about = {"experiment": [_summary(experiment, family) for family in families]}
     tables.write_summary(path, rows, class_names, method, "", [], about=about)
 

@@ -130,8 +130,8 @@ class Predictions:
     def _read_npz(self, case: Case, path: Path) -> np.ndarray:
         """``[C, D, H, W]`` of nnU-Net's file, which knows no affine: its axes are those of the image."""
         array = _load_npz(path)
-        channel, image = next(iter(case.images.items()))
-        reference = images.read(image, case.volumes.get(channel), self.slice_axis)
+        image = next(iter(case.images.values()))
+        reference = images.read_reference(image, self.slice_axis)
         transform, axes = reference.orientation, "the file's axes"
         if self._reoriented:
             target = orientations.axcodes2ornt(nifti.WORKING_AXES[self.slice_axis])
@@ -159,7 +159,7 @@ class Predictions:
         """The labels, on whose grid a prediction must lie, and their file."""
         if case.label is None:
             raise DataError(f"Case {case.case_id!r} has no label file to score a prediction with; add one.")
-        return images.read_labels(case.label, self.slice_axis), case.label
+        return images.read_reference(case.label, self.slice_axis), case.label
 
     def _of_channels(self, path: Path, channels: np.ndarray) -> np.ndarray:
         """Classes from a tool's channels, see the head of this file."""

@@ -55,7 +55,9 @@ def histogram(
 
     Arguments and errors are those of ``true_class_margins``.
     """
-    place = np.floor((true_class_margins(logits, labels) + LIMIT) / WIDTH).clip(0, BINS - 1).astype(np.intp)
+    # Not (margin + LIMIT) / WIDTH: float32 rounds a margin just below 0 plus LIMIT to LIMIT, where it counts as right.
+    bins = np.floor(true_class_margins(logits, labels) / WIDTH) + BINS // 2
+    place = bins.clip(0, BINS - 1).astype(np.intp)
     place += BINS * (np.asarray(labels) > 0)
     return np.bincount(place.ravel(), minlength=2 * BINS).reshape(2, BINS)
 

@@ -95,6 +95,13 @@ def test_the_report_of_both_ways_has_a_block_for_each_source(tmp_path):
     assert "seen domains" in (tmp_path / "table.tex").read_text()
 
 
+def test_the_summary_is_of_a_trained_method(tmp_path):
+    rows = synthetic.rows(["vanilla_sam", "calsam"], cases=2, seeds=(1,))
+    rows = [dataclasses.replace(r, method="focal") if r.method == "calsam" else r for r in rows]
+    experiment_files.write(tmp_path, experiment([part("", "A", rows)]), ["tumour"])
+    assert json.loads((tmp_path / "summary.json").read_text())["calsegx"]["method"] == "focal"
+
+
 def test_the_report_of_left_out_domains_compares_the_folds(tmp_path):
     rows = synthetic.rows(NAMES, cases=2, seeds=(1,))
     page = render(tmp_path, experiment([without(domain, rows) for domain in "AB"]))

@@ -222,8 +222,8 @@ def test_few_shot_sizes_are_nested_and_counted(plan, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_method_with_a_backbone_of_its_own_stands_in_the_same_tables(plan, tmp_path):
-    path = plan(methods=["medsam", "medsam_whole"])
+def test_a_method_with_a_backbone_of_its_own_stands_in_the_same_tables(plan, tmp_path, dataset):
+    path = plan(methods=["medsam", "medsam_whole"], external={"Readers": str(dataset / "labelsTs")})
     table = launcher.experiment(path, tmp_path / "out").read_text()
     assert table.count("| MedSAM recipe |") == table.count("| MedSAM recipe, whole model |") >= 1
     evaluations = tmp_path / "out" / "evaluation" / "fold0"
@@ -234,7 +234,8 @@ def test_a_method_with_a_backbone_of_its_own_stands_in_the_same_tables(plan, tmp
             tuple(row[name] for name in ("method", "seed", "case_id", "metric", "region", "class"))
             for row in csv.DictReader(file)
         ]
-    assert len(set(keys)) == len(keys)  # guesses and zero-shot SAM stand there once
+    # Guesses, zero-shot SAM and the other tool stand there once.
+    assert len(set(keys)) == len(keys) and "Readers" in {key[0] for key in keys}
     assert sorted(path.name for path in (tmp_path / "out").glob("features*")) == ["features", "features_sam_whole"]
 
 

@@ -43,10 +43,11 @@ def test_histograms_of_parts_add_up_to_that_of_the_whole(classes):
     np.testing.assert_allclose(margins.wrong(whole)[0], np.mean(found[labels == 0] < 0))
 
 
-def test_a_margin_of_zero_is_not_wrong_and_no_voxel_has_no_share():
+def test_a_margin_of_zero_is_not_wrong_but_any_below_is_and_no_voxel_has_no_share():
     counts = margins.histogram(np.zeros((3, 1)), np.zeros(3, int))
     shares = margins.wrong(counts)
     assert shares[0] == 0 and np.isnan(shares[1])
+    assert margins.wrong(margins.histogram(np.full((3, 1), 1e-7), np.zeros(3, int)))[0] == 1
     assert margins.histogram(np.zeros((0, 5, 5, 3), np.float32), np.zeros((0, 5, 5), int)).sum() == 0
 
 
