@@ -238,7 +238,7 @@ def _describe(
         + " (order of the slices and choice of their views; every run starts from the same pretrained decoder)",
         "Training": f"{steps} steps of {config.batch_size} slices, "
         + ("augmented anew in every step" if data.online else f"{data.views} cached views a slice")
-        + f", {_optimizers(runs.configs)}"
+        + f", {optimizers(runs.configs)}"
         + (", encoder and decoder" if config.model.backbone in configs.WHOLE else ""),
         "Loss": f"{', '.join(tasks)}; FIP weight {fisher} ({config.fisher.mode}, {config.fisher.reading}, "
         f"{config.fisher.normalisation}, of {penalised}, {config.fisher.labels} labels, linear warm-up over "
@@ -252,7 +252,8 @@ def _describe(
     }
 
 
-def _optimizers(runs: Sequence[configs.TrainConfig]) -> str:
+def optimizers(runs: Sequence[configs.TrainConfig]) -> str:
+    """What the runs are trained with, for readers."""
     decays = sorted({run.optimizer.weight_decay for run in runs})
     names = " or ".join(f"AdamW (weight decay {decay:g})" if decay else "Adam" for decay in decays)
     same = runs[0].optimizer

@@ -105,13 +105,15 @@ def experiment(path: Path, workdir: Path, root: str = "") -> Path:
 
 def _describe(plan: plans.Plan, dataset: Dataset) -> dict[str, str]:
     config = plan.config
+    tried = [plan.settings(method, weights) for method in plan.methods for weights in plan.candidates(method)]
+    steps = " or ".join(str(value) for value in sorted({one.steps for one in tried}))
     return {
         "Dataset": f"{dataset.root.name}, {len(dataset.cases)} cases",
         "Methods": ", ".join(methods.display(name) for name in plan.methods),
         "Calibrators": ", ".join(plan.calibrators),
         "Seeds": ", ".join(map(str, plan.seeds)),
         "Folds": plan.protocol or "the dataset's own split",
-        "Training": f"{config.steps} steps of {config.batch_size} slices, Adam {config.optimizer.learning_rate:g}",
+        "Training": f"{steps} steps of {config.batch_size} slices, {evaluate.optimizers(tried)}",
     }
 
 
@@ -175,7 +177,8 @@ def _chosen(
             "chosen": dict(best.weights),
             "candidates": [dataclasses.asdict(candidate) for candidate in candidates],
         }
-    files.write_atomically(experiment_cells.selection_file(setting, workdir), json.dumps(content, indent=2) + "\n")
+    text = json.dumps(tables.without_nan(content), indent=2, allow_nan=False) + "\n"
+    files.write_atomically(experiment_cells.selection_file(setting, workdir), text)
     return chosen
 
 

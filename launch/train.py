@@ -87,14 +87,17 @@ def train(
 def looks(
     parts: components.Components, cache: features.FeatureCache | None, cases: Sequence[Case], stop: interruption.Stop
 ) -> Iterator[training_domain.Look]:
-    """What some of the training cases look like; without a cache nobody knows how the encoder sees them."""
+    """What some of the training cases look like.
+
+    Without a cache nobody knows how the encoder sees them; one that is trained too sees them differently at every step.
+    """
     chosen = training_domain.chosen(cases)
     with progress.Progress("Looking at training cases", len(chosen), "cases") as bar:
         for done, case in enumerate(chosen, start=1):
             stop.check("no step was trained by this call.")
             prepared = parts.prepare(case)
             slices = None
-            if cache is not None:
+            if cache is not None and parts.config.model.backbone not in configs.WHOLE:
                 encoded = cache.read_case(case.case_id, "view0").features
                 slices = training_domain.slice_vectors(encoded, prepared.geometry)
             yield training_domain.Look(prepared.intensities, slices)

@@ -106,7 +106,8 @@ def _case(case_id: str, files: dict[int | None, Path], channels: Sequence[str]) 
         if number not in files:
             raise DataError(
                 f"Case {case_id!r} has no file {case_id}_{number:04d} (channel {name!r}) in "
-                f"{next(iter(files.values())).parent}; the model's channels are {order}."
+                f"{next(iter(files.values())).parent}; the model's channels are {order} (a name "
+                "that ends in _00 and two digits is a channel: rename what is none)."
             )
     for number, path in files.items():
         if number is not None and number >= len(channels):

@@ -226,7 +226,11 @@ def _distance(
 ) -> dict[str, Any]:
     known = domain["features"] if domain else None
     if known is None:
-        why = "was trained without a feature cache, or on one case" if domain else "is of an earlier version"
+        why = (
+            "was trained with its encoder, without a feature cache or on one case"
+            if domain
+            else "is of an earlier version"
+        )
         return {"distance": None, "limit": None, "unknown": f"the model {why}, so it does not know its training slices"}
     if not len(features):
         return {"distance": None, "limit": known["limit"], "unknown": "no slice was prompted"}

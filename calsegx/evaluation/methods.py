@@ -37,7 +37,7 @@ KNOWN = tuple(_BASE_NAMES)  # without their calibrators
 PROMPT_ONLY = ("prompt_only_disc", "prompt_only_ellipse")
 VANILLA = "vanilla_sam"
 UNTRAINED = (*PROMPT_ONLY, VANILLA)
-BASELINE = "sam_ft"
+BASELINE, EARLY = "sam_ft", "early_stopping"
 # What each method adds to SAM-FT, in the words of a verdict.
 ADDITIONS = {"sam_fip": "FIP", "sam_cmp": "CMP", "calsam": "FIP + CMP"}
 

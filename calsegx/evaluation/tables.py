@@ -326,7 +326,7 @@ def write_summary(
             **(about or {}),
         },
     }
-    files.write_atomically(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+    files.write_atomically(path, json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n")
 
 
 def _nnunet_name(row: evaluate.Row) -> str:
@@ -341,9 +341,10 @@ def _mean_of(entries: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(values) / len(values) if values else math.nan for name, values in found.items()}
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Nested values for JSON, which has no NaN: null in its place."""
     if isinstance(value, dict):
-        return {key: _without_nan(member) for key, member in value.items()}
+        return {key: without_nan(member) for key, member in value.items()}
     if isinstance(value, list):
-        return [_without_nan(member) for member in value]
+        return [without_nan(member) for member in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -65,15 +65,23 @@ class Record:
     def comparisons(self) -> list[compare.Comparison]:
         """Every other training (each without and with TS) against SAM-FT without and with TS, on ``COMPARED``.
 
-        Other tools' predictions are compared like trainings.
+        What has FIP or CMP is compared with early stopping too, their cheap rival.  Other tools' predictions are
+        compared like trainings.
         """
         present = methods.order(row.method for row in self.rows)
         scaled = methods.BASELINE + methods.CALIBRATED
+
+        def references(method: str) -> list[str]:
+            early = [methods.EARLY] if methods.is_ours(method) else []
+            if methods.calibrated(method):
+                return [scaled, *(name + methods.CALIBRATED for name in early)]
+            return [methods.BASELINE, scaled, *early]
+
         pairs = [
             (method, reference)
             for method in present
             if methods.base(method) not in (*methods.UNTRAINED, methods.BASELINE)
-            for reference in ((scaled,) if methods.calibrated(method) else (methods.BASELINE, scaled))
+            for reference in references(method)
             if reference in present
         ]
         return [

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def load(folder: Path | str) -> tuple[SamConfig, Params]:
             shapes do not fit.
     """
     folder = Path(folder)
-    if folder.is_file() or (folder / "bundle.json").is_file():
+    if zipfile.is_zipfile(folder) or (folder / "bundle.json").is_file():
         from calsegx import bundle  # which stands on this module
 
         return bundle.load_sam(folder)
@@ -167,7 +168,8 @@ def load(folder: Path | str) -> tuple[SamConfig, Params]:
         if not (folder / name).is_file():
             raise DataError(
                 f"{folder} is not a weights folder: {name} is missing; give a folder that holds "
-                f"{', '.join(FILES)} and SHA256SUMS, or a bundle of launch.export."
+                f"{', '.join(FILES)} and SHA256SUMS, or a bundle of launch.export "
+                "(weights_conversion.convert_sam makes the folder from a checkpoint)."
             )
     verify(folder)
     try:
