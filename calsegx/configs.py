@@ -194,6 +194,8 @@ def validate(config: TrainConfig) -> None:
         _at_least(config, name, 1)
     for name in ("model.encoder_batch", "microbatch"):
         _at_least(config, name, 0)
+    if config.seed >= 2**32:
+        raise UsageError(f"--config.seed={config.seed} must be below 2**32.")
     for name in ("seed", "fisher.weight", "cmp.weight", "optimizer.weight_decay", "optimizer.clip_norm"):
         _at_least(config, name, 0)
     for name in ("optimizer.learning_rate", "cmp.temperature"):

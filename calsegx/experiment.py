@@ -106,6 +106,35 @@ class Plan:
         return [dict(zip(names, values, strict=True)) for values in itertools.product(*(self.grid[n] for n in names))]
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A key that stands twice is refused; YAML would keep the last and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            keys = [self.construct_object(key, True) for key, _ in node.value]
+            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+        return found
+
+
+def _printed(weights: Mapping[str, float]) -> dict[str, str]:
+    """As in the name of a run's folder."""
+    return {name: f"{value:g}" for name, value in weights.items()}
+
+
+def _check_overrides(config: configs.TrainConfig, method: str, path: Path) -> None:
+    """A setting of the plan that the method replaces by its own; where its prompts differ is what the method is."""
+    plain = configs.replace(configs.TrainConfig(), METHODS[method])
+    given = configs.differences(configs.to_dict(configs.TrainConfig()), configs.to_dict(config))
+    own = configs.differences(configs.to_dict(configs.TrainConfig()), configs.to_dict(plain))
+    for name in given.keys() & own.keys() - {"protocol"}:
+        if given[name] != own[name]:
+            raise UsageError(
+                f"{path}: config.{name}={given[name][1]!r} and {method}, which has {own[name][1]!r}, cannot both be; "
+                "leave one out."
+            )
+
+
 def _searched(method: str) -> list[str]:
     """What of ``GRID`` a method has."""
     terms = configs.METHODS[METHODS[method]["method"]]
@@ -129,8 +158,8 @@ def read(path: Path, root: str = "") -> Plan:
         UsageError: for a file that cannot be read, an unknown key or name (with the nearest), or an unusable value.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"The experiment {path} cannot be read ({reason}); give a YAML or JSON file.") from error
     top = _mapping(content, str(path), KEYS)
@@ -155,7 +184,7 @@ def read(path: Path, root: str = "") -> Plan:
     seeds = _list(top, "seeds", str(path), int, (config.seed,))
     few_shot = _list(top, "few_shot", str(path), int, ())
     for name, values, lowest in (("seeds", seeds, 0), ("few_shot", few_shot, 1)):
-        if any(value < lowest for value in values):
+        if any(not lowest <= value < 2**32 for value in values):
             raise UsageError(f"{path}: {name} must be numbers of at least {lowest}, got {_listed(values)}.")
     names = _list(shift, "names", f"{path}: corruptions", str) if shift else ()
     levels = _list(shift, "levels", f"{path}: corruptions", int, (1, 2, 3, 4, 5)) if shift else ()
@@ -164,8 +193,12 @@ def read(path: Path, root: str = "") -> Plan:
         *(prompts, few_shot, names, tuple(map(str, levels)), grid, rule, _external(top, path)),
     )
     for method in methods:
-        for weights in plan.candidates(method):
+        _check_overrides(config, method, path)
+        candidates = plan.candidates(method)
+        for weights in candidates:
             configs.validate(plan.settings(method, weights))
+        if len({str(_printed(weights)) for weights in candidates}) < len(candidates):
+            raise UsageError(f"{path}: grid has values of {method} that are the same to six digits; give each once.")
     return plan
 
 

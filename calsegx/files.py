@@ -46,7 +46,10 @@ def unseal(text: bytes) -> dict[str, Any]:
     Raises:
         ValueError: when ``text`` is not, to the byte, what ``seal`` makes of its content.
     """
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict) or content.pop("sha256", None) is None or seal(content).encode() != text:
         raise ValueError("its content and its SHA-256 differ")
     return content

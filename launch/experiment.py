@@ -23,7 +23,6 @@ from calsegx.data import cases as case_tools
 from calsegx.data import classes
 from calsegx.data.corruptions import manifest
 from calsegx.evaluation import experiment_files, experiment_report, external, methods, pooled, tables
-from calsegx.interfaces import Dataset
 from calsegx.training import checkpoints, interruption, model_folder, progress
 from launch import common, components, corrupt, evaluate, experiment_cells, grid_search, train
 from launch.experiment_cells import Cell, Setting
@@ -96,23 +95,34 @@ def experiment(path: Path, workdir: Path, root: str = "") -> Path:
             parts=pooled.joined(found),
             kind=plan.config.data.domain,
             planned=plan.methods,
-            description=_describe(plan, dataset),
+            description=_describe(plan, parts, others),
             selections=_selections(settings, workdir) if plan.grid else {},
+            external=tuple(plan.external),
         )
         experiment_files.write(workdir, record, parts.class_map.names)
     return workdir / "report.html"
 
 
-def _describe(plan: plans.Plan, dataset: Dataset) -> dict[str, str]:
+def _describe(
+    plan: plans.Plan,
+    parts: components.Components,
+    others: Mapping[int, Sequence[tuple[Path, external.Survey]]],
+) -> dict[str, str]:
     config = plan.config
     tried = [plan.settings(method, weights) for method in plan.methods for weights in plan.candidates(method)]
     steps = " or ".join(str(value) for value in sorted({one.steps for one in tried}))
     return {
-        "Dataset": f"{dataset.root.name}, {len(dataset.cases)} cases",
+        "Dataset": f"{parts.dataset.root.name}, {len(parts.dataset.cases)} cases",
+        "Classes": ", ".join(parts.class_map.names),
+        "Channels": ", ".join(parts.channels),
         "Methods": ", ".join(methods.display(name) for name in plan.methods),
         "Calibrators": ", ".join(plan.calibrators),
         "Seeds": ", ".join(map(str, plan.seeds)),
         "Folds": plan.protocol or "the dataset's own split",
+        **{
+            f"External predictions, fold {number} (all slices, as they are)": "; ".join(str(s) for _, s in surveys)
+            for number, surveys in others.items()
+        },
         "Training": f"{steps} steps of {config.batch_size} slices, {evaluate.optimizers(tried)}",
     }
 

@@ -80,7 +80,7 @@ def predict(
         "calibrator": _digest(calibrator),
     }
     planned = prediction_files.plan(output, cases, parts.class_map.names, bids)
-    prediction_files.claim(output, model, parts.class_map, bids)
+    prediction_files.claim(output, model, parts.class_map, bids, planned)
     print(f"note: probabilities are {_described(calibrator, calibrated)}", file=sys.stderr)
 
     domain = record.get("training_domain")
@@ -114,7 +114,7 @@ def _check_output(output: Path, root: Path, listed: Sequence[Path]) -> None:
     if not listed:
         files.check_outside(output, root, "--output")
     for path in listed:
-        if path.resolve().parent == output.resolve():
+        if output.resolve() in (path.parent.resolve(), path.resolve().parent):
             raise UsageError(f"--output={output} is the folder of {path}, which must not be replaced; name another.")
 
 

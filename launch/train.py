@@ -133,7 +133,7 @@ def main() -> None:
         return
     validation = summary["validation_loss"]
     print(
-        f"Trained {config.method} for {summary['steps']} steps in {summary['seconds']:.0f} s"
+        f"Trained {configs.method_name(config)} for {summary['steps']} steps in {summary['seconds']:.0f} s"
         + (f", validation loss {validation:.4f}" if validation is not None else "")
         + f"; the model{_of_step(summary)} is in {summary['model']}"
     )

@@ -206,7 +206,7 @@ def _from_table(path: Path, text: str) -> Iterator[_Click]:
 def _from_json(path: Path, text: str) -> Iterator[_Click]:
     try:
         content = json.loads(text, object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); expected a list of clicks for every case id.") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected an object with a list of clicks for every case id.")

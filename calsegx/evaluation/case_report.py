@@ -188,8 +188,8 @@ def _outside(inside: np.ndarray, what: str, how: str) -> Warnings:
     if wrong:
         yield (
             "prompt_outside",
-            f"{wrong} of {len(inside)} {what} {how} (expected: none); check where the prompts are and whether they "
-            "belong to this image.",
+            f"{wrong} of {len(inside)} {what} {how} (expected: none); check whether they belong to this image; if they "
+            "do, the model does not segment there.",
         )
 
 

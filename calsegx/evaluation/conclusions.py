@@ -250,18 +250,19 @@ def _beaten(record: Record, domain: str) -> str:
     """Whether the trained methods are worth their training: DSC against the guesses and zero-shot SAM."""
     names = methods.order(row.method for row in record.rows if row.domain == domain)
     references = [name for name in (*methods.PROMPT_ONLY, methods.VANILLA) if name in names]
-    trained = [name for name in names if name not in references and not methods.calibrated(name)]
+    apart = (*references, *record.external)
+    trained = [name for name in names if name not in apart and not methods.calibrated(name)]
     lead = f"Trained methods on {words.where(record, domain)}"
     if not references or not trained:
         return f"{lead}: nothing to compare them with."
-    better = [
-        name
+    found = {
+        name: [compare.compare(record.index, name, other, domain, *DSC).verdict for other in references]
         for name in trained
-        if all(
-            compare.compare(record.index, name, other, domain, *DSC).verdict == compare.BETTER for other in references
-        )
-    ]
+    }
+    better = [name for name, verdicts in found.items() if all(verdict == compare.BETTER for verdict in verdicts)]
     others = ", ".join(methods.display(name) for name in references)
+    if all(verdict == compare.TOO_FEW for verdicts in found.values() for verdict in verdicts):
+        return f"{lead}: {compare.TOO_FEW} with {others}."
     if len(better) == len(trained):
         return f"{lead}: every one of them beats {others} in DSC."
     count = f"{len(better)} of {len(trained)}"

@@ -146,8 +146,8 @@ def evaluate_case(
             rows.append(_row(key, name, metric, VOLUME, value, defined))
         known = [value for value, _ in scores if not math.isnan(value)]
         mean = float(np.mean(known)) if known else math.nan
-        # One class that is missing everywhere does not make the mean over the others undefined.
-        rows.append(_row(key, ALL, metric, VOLUME, mean, any(defined for _, defined in scores)))
+        # The mean is over the classes that have a value; a case of which a class has none is counted as undefined.
+        rows.append(_row(key, ALL, metric, VOLUME, mean, all(defined for _, defined in scores)))
     of_probabilities, sums = _calibration(probabilities, truth, spacing_mm, class_names, key, region_names)
     return rows + of_probabilities, sums
 

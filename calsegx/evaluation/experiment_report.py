@@ -36,6 +36,7 @@ class Experiment:
     planned: Sequence[str]  # the methods of the plan
     description: Mapping[str, str] = field(default_factory=dict)  # what was run, as shown
     selections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # setting -> what the grid's rule saw
+    external: Sequence[str] = ()  # methods that are other tools' predictions
 
 
 def record(experiment: Experiment, family: pooled.Family) -> Record:
@@ -44,6 +45,7 @@ def record(experiment: Experiment, family: pooled.Family) -> Record:
     return Record(
         *(experiment.title, found.rows, found.source, found.targets, found.kind),
         protocol=family.protocol,
+        external=experiment.external,
     )
 
 
@@ -84,7 +86,7 @@ def _section(experiment: Experiment, family: pooled.Family) -> dict[str, Any]:
     notes = {
         pooled.IN: f"{count} folds together: seen are the test cases of the domain that a fold was trained on "
         "(in-domain), unseen those of all others (out-of-domain).",
-        "": f"{count} folds together: every case is tested once, by a model that never saw it.",
+        "": f"{count} folds together: every case is tested once, by a model of ours that never saw it.",
     }
     return {
         "title": family.title,

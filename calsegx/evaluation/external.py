@@ -189,15 +189,25 @@ class Predictions:
 
         Channels of a softmax add up to a class; one of regions, which overlap, must be the class itself.
         """
-        if not np.all((channels >= 0) & (channels <= 1)):  # NaN is neither
+        if not np.isfinite(channels).all():
+            raise DataError(f"{path} has {(~np.isfinite(channels)).sum()} values that are no number; predict it again.")
+        if channels.min() < -SUM_TOLERANCE or channels.max() > 1 + SUM_TOLERANCE:
             raise DataError(
                 f"{path} has values from {channels.min():.4g} to {channels.max():.4g}; expected probabilities from 0 "
-                "to 1: apply softmax or sigmoid to logits, and replace NaN."
+                "to 1: apply softmax or sigmoid to logits."
             )
+        channels = np.clip(channels, 0, 1)
+        if not channels.any():
+            raise DataError(f"{path} is 0 in every channel and voxel, which no prediction is; predict it again.")
         # Older nnU-Net v2 leaves zeros in all channels outside the region it cropped to.
         total = channels.sum(axis=0)
-        excess = np.abs(total - 1)[total > 0].max(initial=0) if softmax else 0
-        if excess > SUM_TOLERANCE:
+        excess = np.abs(total - 1)[total > 0].max(initial=0)
+        if not softmax and len(sets) > 1 and self._described is None and excess <= SUM_TOLERANCE:
+            raise DataError(
+                f"{path} has a channel for each class, which sum to 1 everywhere, so that one may be the background; "
+                f"put the {_DESCRIPTION} of its training beside it."
+            )
+        if softmax and excess > SUM_TOLERANCE:
             raise DataError(
                 f"{path}: its channels sum to 1 only within {excess:.2g}, expected {SUM_TOLERANCE:g}; save the softmax "
                 f"of all channels, or describe regions in {_DESCRIPTION} beside it."
@@ -229,7 +239,8 @@ class Predictions:
         if not path.is_file():
             return None
         labels = nnunet_v2.read_description(path).get("labels")
-        values = [v if isinstance(v, list) else [v] for n, v in labels.items() if n != "ignore"] if labels else []
+        named = labels if isinstance(labels, dict) else {}
+        values = [v if isinstance(v, list) else [v] for n, v in named.items() if n != "ignore"]
         if not values or not all(ids and all(type(one) is int for one in ids) for ids in values):
             raise DataError(f"{path}: labels is {labels!r}; expected name: id or list of ids, as nnU-Net v2 writes it.")
         softmax = all(len(ids) == 1 for ids in values)
@@ -290,10 +301,9 @@ def _load_npz(path: Path) -> np.ndarray:
                     "nnU-Net saves it."
                 )
             array = content[key]
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, MemoryError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read ({error}); copy it again.") from error
-    if array.ndim != 4 or array.dtype.kind not in "fiu":
-        raise DataError(
-            f"{path}: {key} has the shape {array.shape} and type {array.dtype}; expected numbers [channels, z, y, x]."
-        )
+    if not isinstance(array, np.ndarray) or array.ndim != 4 or not array.size or array.dtype.kind not in "fiu":
+        found = f"the shape {array.shape} and type {array.dtype}" if isinstance(array, np.ndarray) else "no array"
+        raise DataError(f"{path}: {key} has {found}; expected numbers [channels, z, y, x].")
     return array.astype(np.float32, copy=False)

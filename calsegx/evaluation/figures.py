@@ -92,6 +92,7 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], quantities:
             steps = sorted(by_step)
             found = [by_step[step] for step in steps]
             style = {"color": styles[name].colour, "linestyle": styles[name].line}
+            style |= {"marker": "o"} if len(steps) == 1 else {}
             axes.plot(steps, list(map(np.mean, found)), label=methods.display(name), linewidth=1.4, **style)
             if len(runs) <= _MOST_BANDS:
                 band = {"color": styles[name].colour, "alpha": 0.15, "linewidth": 0}

@@ -8,7 +8,7 @@ files are there, need not be predicted again.  ``predictions.json`` says whose p
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,13 @@ def plan(output: Path, cases: Sequence[Case], names: Sequence[str], bids: bool) 
     return found
 
 
-def claim(output: Path, model: Mapping[str, Any], class_map: classes.ClassMap, bids: bool) -> None:
+def claim(
+    output: Path,
+    model: Mapping[str, Any],
+    class_map: classes.ClassMap,
+    bids: bool,
+    planned: Mapping[str, CaseFiles],
+) -> None:
     """Make the folder this model's: refuse another's, and write what holds for all of its cases.
 
     Args:
@@ -77,9 +83,11 @@ def claim(output: Path, model: Mapping[str, Any], class_map: classes.ClassMap, b
         model: what tells the model: hashes of its weights and of its calibrator.
         class_map: of the model.
         bids: whether the names are BIDS'.
+        planned: of ``plan``.
 
     Raises:
-        UsageError: when it holds predictions of another model or calibrator, or by other names.
+        UsageError: when it holds predictions of another model or calibrator, or by other names, or files of its own
+            that would be replaced.
     """
     owner = output / OWNER
     content = {"model": dict(model), "bids": bids}
@@ -98,12 +106,24 @@ def claim(output: Path, model: Mapping[str, Any], class_map: classes.ClassMap, b
                 "name another folder."
             )
     ids = {name: values[0] for name, values in zip(class_map.names, class_map.ids, strict=True)}
-    if bids:
-        for name, text in _bids_texts(ids).items():
-            files.write_atomically(output / name, text)
-    else:
-        files.write_atomically(output / LABELS, json.dumps({"background": 0, **ids}, indent=2) + "\n")
+    texts = _bids_texts(ids) if bids else {LABELS: json.dumps({"background": 0, **ids}, indent=2) + "\n"}
+    if not owner.is_file():
+        _check_nothing_is_replaced(output, texts, planned)
+    for name, text in texts.items():
+        files.write_atomically(output / name, text)
     files.write_atomically(owner, files.seal(content))
+
+
+def _check_nothing_is_replaced(output: Path, names: Iterable[str], planned: Mapping[str, CaseFiles]) -> None:
+    stems = [s for one in planned.values() for s in (one.mask, *one.probabilities.values(), one.uncertainty)]
+    wanted = [output / name for name in names]
+    wanted += [stem.with_name(stem.name + ending) for stem in stems for ending in (*images.ENDINGS, ".json")]
+    for path in wanted:
+        if path.exists() or path.is_symlink():
+            raise UsageError(
+                f"{path} is there and was not written by a prediction into this folder; name another folder with "
+                "--output."
+            )
 
 
 def made_from(model: Mapping[str, Any], fingerprint: str, table: clicks.Clicks | None) -> dict[str, Any]:
@@ -124,15 +144,20 @@ def made_from(model: Mapping[str, Any], fingerprint: str, table: clicks.Clicks |
 
 
 def whole(output: Path, planned: CaseFiles, wanted: Mapping[str, Any]) -> Path | None:
-    """The mask of a case that is done: its JSON is whole, made from ``wanted``, and its files are there; else None."""
+    """The mask of a case that is done: its JSON is whole, made from ``wanted``, and its files are its; else None."""
     try:
         record = files.unseal(planned.record.read_bytes())
+        if record.get("made_from") != wanted or _digests(output, record["files"]) != record["digests"]:
+            return None
     except (OSError, ValueError):  # not there, or cut off: predicted again
         return None
-    if record.get("made_from") != wanted:
-        return None
-    there = [record["files"]["mask"], *record["files"]["probabilities"].values(), record["files"]["uncertainty"]]
-    return output / there[0] if all((output / name).is_file() for name in there) else None
+    return output / record["files"]["mask"]
+
+
+def _digests(output: Path, names: Mapping[str, Any]) -> list[str]:
+    """SHA-256 of the mask, the probabilities and the uncertainty."""
+    written = [names["mask"], *names["probabilities"].values(), names["uncertainty"]]
+    return [hashlib.sha256((output / name).read_bytes()).hexdigest() for name in written]
 
 
 def write(
@@ -166,7 +191,7 @@ def write(
         "probabilities": {name: path.relative_to(output).as_posix() for name, path in of_classes.items()},
         "uncertainty": uncertainty.relative_to(output).as_posix(),
     }
-    files.write_atomically(planned.record, files.seal({**record, "files": names}))
+    files.write_atomically(planned.record, files.seal({**record, "files": names, "digests": _digests(output, names)}))
     return mask
 
 

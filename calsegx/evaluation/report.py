@@ -65,6 +65,7 @@ def write_report(path: Path, record: Record) -> None:
         "region": findings.MAIN_REGION,
         "fixed_region": findings.FIXED_REGION,
         "papers_region": evaluate.PAPERS_REGION,
+        "several_classes": len({row.class_name for row in record.rows} - {evaluate.ALL}) > 1,
         "scatter": None if many else _scatter(record),
         "training": _training(record),
         "jittered": _jittered(record),

@@ -99,7 +99,7 @@ def train(
     folder = workdir / "checkpoints"
     start = checkpoints.check_start(folder, resume)
     with (
-        progress.Progress(f"Training {config.method}", config.steps, "steps", quiet=not first) as bar,
+        progress.Progress(f"Training {configs.method_name(config)}", config.steps, "steps", quiet=not first) as bar,
         checkpoints.Checkpoints(folder, bar.say) as saved,
         contextlib.ExitStack() as resources,
     ):
@@ -363,4 +363,5 @@ def _start_line(
     slices = sum(count for _, count in validation)
     checked = f"validation loss on {slices} slices" if slices else "no validation cases, so no validation loss"
     kind = mesh.devices.flat[0].device_kind
-    return f"Training {config.method} on {len(case_ids)} cases, devices: {mesh.size} ({kind}), {where}; {checked}."
+    name = configs.method_name(config)
+    return f"Training {name} on {len(case_ids)} cases, devices: {mesh.size} ({kind}), {where}; {checked}."
