@@ -34,7 +34,7 @@ def test_the_price_tables_are_those_of_the_json():
 
 def test_measured_figures_are_the_readmes():
     told = set(re.findall(r"\d\.\d{3}|\d\d\.\d|(?<=: )\d\.\d(?= to)|\d\.\d(?= times)", TABLE))
-    assert len(told) == 11 and told <= set(re.findall(r"\d+\.\d+", (ROOT / "README.md").read_text()))
+    assert len(told) > 15 and told <= set(re.findall(r"\d+\.\d+", (ROOT / "README.md").read_text()))
 
 
 def test_a_step_is_counted_and_timed():

@@ -97,24 +97,42 @@ def test_a_case_is_whole_when_its_record_says_so(tmp_path, reference):
         plan.record.write_text(damaged)
         assert prediction_files.whole(tmp_path, plan, made_from) is None
     plan.record.write_text(content)
+    whole = mask.read_bytes()
+    mask.write_bytes(whole[:-1])
+    assert prediction_files.whole(tmp_path, plan, made_from) is None
+    mask.write_bytes(whole)
+    assert prediction_files.whole(tmp_path, plan, made_from) == mask
     (tmp_path / "a_prob-core.nii.gz").unlink()
     assert prediction_files.whole(tmp_path, plan, made_from) is None
 
 
 def test_a_folder_is_of_one_model(tmp_path):
     output = tmp_path / "out"
-    prediction_files.claim(output, MODEL, CLASSES, False)
+    prediction_files.claim(output, MODEL, CLASSES, False, {})
     assert json.loads((output / "labels.json").read_text()) == {"background": 0, "core": 1, "oedema 2": 2}
-    prediction_files.claim(output, MODEL, CLASSES, False)
+    prediction_files.claim(output, MODEL, CLASSES, False, {})
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     with pytest.raises(UsageError, match=r"another model, calibrator or form \(differing: calibrator\)"):
-        prediction_files.claim(output, MODEL | {"calibrator": "b"}, CLASSES, False)
+        prediction_files.claim(output, MODEL | {"calibrator": "b"}, CLASSES, False, {})
     with pytest.raises(UsageError, match=r"differing: file names \(--bids\)"):
-        prediction_files.claim(output, MODEL, CLASSES, True)
+        prediction_files.claim(output, MODEL, CLASSES, True, {})
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     (output / "predictions.json").write_text("{}")
     with pytest.raises(DataError, match="predictions.json is damaged"):
-        prediction_files.claim(output, MODEL, CLASSES, False)
+        prediction_files.claim(output, MODEL, CLASSES, False, {})
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a_uncertainty.nii", "a_prob-core.nii.gz", "a.json", "labels.json"])
+def test_a_file_that_no_prediction_wrote_is_never_replaced(tmp_path, name):
+    plan = planned(tmp_path, "a")
+    (tmp_path / name).write_text("by hand")
+    with pytest.raises(UsageError, match=f"{name} is there and was not written by a prediction"):
+        prediction_files.claim(tmp_path, MODEL, CLASSES, False, plan)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "image.nii.gz"] == [name]
+    (tmp_path / name).unlink()
+    prediction_files.claim(tmp_path, MODEL, CLASSES, False, plan)
+    (tmp_path / "a.nii.gz").write_text("of an earlier call")
+    prediction_files.claim(tmp_path, MODEL, CLASSES, False, plan)
 
 
 def test_a_bids_derivative_is_read_as_the_labels_of_its_dataset(tmp_path, reference):
@@ -123,7 +141,7 @@ def test_a_bids_derivative_is_read_as_the_labels_of_its_dataset(tmp_path, refere
     (raw / "dataset_description.json").write_text("{}")
     (raw / "sub-01" / "anat" / "sub-01_T1w.nii.gz").write_bytes((tmp_path / "image.nii.gz").read_bytes())
     output = raw / "derivatives" / "calsegx"
-    prediction_files.claim(output, MODEL, CLASSES, True)
+    prediction_files.claim(output, MODEL, CLASSES, True, {})
     plan = prediction_files.plan(output, [case_of("sub-01")], CLASSES.names, True)["sub-01"]
     write(output, plan, reference, {})
     description = json.loads((output / "dataset_description.json").read_text())

@@ -111,6 +111,15 @@ GRID = {"lambda1": [0.1, 0.3], "lambda2": [0.5, 1], "rule": RULE}
             "'DSC' is not one of ECE, Brier, NLL",
         ),
         ({"grid": {"steps": [5], "rule": RULE}}, "steps belongs to none of the methods"),
+        ({"seeds": [2**40]}, "seeds must be numbers of at least 0"),
+        (
+            {"methods": ["medsam"], "config": {"optimizer": {"weight_decay": 0.5}, "data": {"root": "x"}}},
+            "config.optimizer.weight_decay=0.5 and medsam, which has 0.01, cannot both be",
+        ),
+        (
+            {"methods": ["sam_ft", "mbls"], "grid": {"margin": [5.0000001, 5.0000002], "rule": RULE}},
+            "values of mbls that are the same to six digits",
+        ),
         ({"prompts": ["gt_point"]}, "'gt_point' is not one of .* Did you mean 'gt_points'"),
         ({"prompts": ["gt_points"], "methods": ["medsam"]}, "medsam has its own prompts"),
         ({"external": ["predictions"]}, "external must be names and folders"),
@@ -122,6 +131,12 @@ GRID = {"lambda1": [0.1, 0.3], "lambda2": [0.5, 1], "rule": RULE}
 def test_what_cannot_be_used_is_refused(plan, keys, sentence):
     with pytest.raises(UsageError, match=sentence):
         experiment.read(plan(**keys))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "plan.yaml").write_text("methods: [sam_ft]\nseeds: [1]\nseeds: [2]\n")
+    with pytest.raises(UsageError, match="'seeds' stands there twice"):
+        experiment.read(tmp_path / "plan.yaml", "x")
 
 
 def test_the_protocol_of_folds_is_checked(plan):
