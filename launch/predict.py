@@ -82,6 +82,8 @@ def predict(
     planned = prediction_files.plan(output, cases, parts.class_map.names, bids)
     prediction_files.claim(output, model, parts.class_map, bids, planned)
     print(f"note: probabilities are {_described(calibrator, calibrated)}", file=sys.stderr)
+    if calibrator is not None and (lost := calibrate.segmentation_warning(*calibrator)) is not None:
+        print(f"warning: {lost}", file=sys.stderr)
 
     domain = record.get("training_domain")
     batch = prediction.Batch(parts, params, calibrator, clicks, domain, model, output, planned)

@@ -17,7 +17,7 @@ from calsegx.data import pipeline, preprocessing
 from calsegx.evaluation import case_report, prediction_files, study
 from calsegx.evaluation import predict as case_prediction
 from calsegx.interfaces import Case, InputError, Params
-from calsegx.training import caching, encode_stream, progress
+from calsegx.training import caching, encode_stream, interruption, progress
 from launch import components
 
 
@@ -80,8 +80,12 @@ def predict_cases(batch: Batch, cases: Sequence[Case]) -> tuple[dict[str, Path],
         bar.say(f"failed: {case_id}: {error}")
         bar.update(len(masks) + len(failed), case_id)
 
+    def kept() -> str:
+        return f"{len(masks)} of {len(cases)} cases are predicted; the same command goes on with the rest."
+
     def usable() -> Iterator[preprocessing.PreparedCase]:
         for case, found in caching.ahead(reader, batch.prepare, cases):
+            stop.check(kept())
             if isinstance(found, InputError):
                 fail(case.case_id, found)
             else:
@@ -89,6 +93,7 @@ def predict_cases(batch: Batch, cases: Sequence[Case]) -> tuple[dict[str, Path],
                 yield prepared
 
     with (
+        interruption.Stop() as stop,
         progress.Progress("Predicting", len(cases), "cases", quiet=not cases) as bar,
         futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as reader,
     ):
@@ -107,6 +112,7 @@ def predict_cases(batch: Batch, cases: Sequence[Case]) -> tuple[dict[str, Path],
             )
             slices += len(prepared.slices)
             bar.update(len(masks) + len(failed), case_id)
+            stop.check(kept())
     if masks:
         seconds = time.monotonic() - started
         print(

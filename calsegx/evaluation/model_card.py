@@ -197,6 +197,9 @@ def _calibration(name: str | None, params: Mapping[str, Any] | None) -> str:
     )
     if not params["identifiable"]:
         return f"{text} It changes nothing: {params['reason']}."
+    dsc = origin.get("validation_dsc", {})  # not of earlier versions
+    if dsc and dsc["before"] is not None and dsc["after"] is not None:
+        text += f" Mean DSC of these cases: {100 * dsc['before']:.1f} points before, {100 * dsc['after']:.1f} after."
     return (
         f"{text} NLL of the voxels it was fitted on: {params['nll_before']:.4f} before, {params['nll_after']:.4f} "
         "after, which is no evidence of its effect on other cases."

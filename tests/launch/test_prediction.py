@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from calsegx import configs
 from calsegx.data import loose_files
 from calsegx.evaluation import prediction_files
 from calsegx.interfaces import DataError, UsageError
-from calsegx.training import model_folder
+from calsegx.training import interruption, model_folder
 from calsegx.uncertainty import scores
 from launch import components, export, predict
 
@@ -142,15 +143,16 @@ def test_a_broken_batch_goes_on(run, scans, clicks, tmp_path, monkeypatch, capsy
     predict.predict(run, tmp_path / "whole", str(scans), clicks)
     original, written = prediction_files.write, []
 
-    def stop_at_the_second(*arguments):
-        if len(written) == 1:
-            raise KeyboardInterrupt
+    def stop_after_the_first(*arguments):
         written.append(original(*arguments))
+        os.kill(os.getpid(), signal.SIGINT)
         return written[-1]
 
-    monkeypatch.setattr(prediction_files, "write", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(prediction_files, "write", stop_after_the_first)
+    sentence = "1 of 3 cases are predicted; the same command goes on"
+    with pytest.raises(interruption.Interrupted, match=sentence) as stopped:
         predict.predict(run, tmp_path / "out", str(scans), clicks)
+    assert stopped.value.exit_code == 130
     monkeypatch.setattr(prediction_files, "write", lambda *arguments: written.append(arguments) or original(*arguments))
     assert len(predict.predict(run, tmp_path / "out", str(scans), clicks)) == 3
     assert content(tmp_path / "out") == content(tmp_path / "whole")
