@@ -239,7 +239,7 @@ def test_few_shot_sizes_are_nested_and_counted(plan, tmp_path):
 @pytest.mark.slow
 def test_a_method_with_a_backbone_of_its_own_stands_in_the_same_tables(plan, tmp_path, dataset):
     path = plan(methods=["medsam", "medsam_whole"], external={"Readers": str(dataset / "labelsTs")})
-    table = launcher.experiment(path, tmp_path / "out").read_text()
+    table = launcher.experiment(path, tmp_path / "out").with_name("table.md").read_text()
     assert table.count("| MedSAM recipe |") == table.count("| MedSAM recipe, whole model |") >= 1
     evaluations = tmp_path / "out" / "evaluation" / "fold0"
     assert {path.name for path in evaluations.iterdir()} == {"gt_box", "gt_box_sam_whole"}
@@ -293,7 +293,7 @@ def test_grid_folds_sizes_and_prompts_together(plan, tmp_path, monkeypatch):
         few_shot=[1, 2],
         grid={"lambda1": [0.1, 0.3], "steps": [1, 2], "rule": RULE},
     )
-    table = launcher.experiment(path, tmp_path / "out").read_text()
+    table = launcher.experiment(path, tmp_path / "out").with_name("table.md").read_text()
     assert len(trained) == len(set(trained)) == 2 * 2 * 2 * (1 + 2 + 2)  # folds, sizes, protocols, candidates
     steps = {run.name: json.loads((run / "model" / "model.json").read_text())["config"]["steps"] for run in trained}
     assert (steps["early_stopping_steps=1_seed1"], steps["sam_ft_seed1"]) == (1, 2)
