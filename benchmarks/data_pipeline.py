@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import measure
-from calsegx import configs, features, losses, models, sharding
+from calsegx import configs, features, files, losses, models, sharding
 from calsegx.data import classes, frames, nifti, pipeline, preprocessing, verify
 from calsegx.interfaces import Case, Dataset, Prompts, UsageError
 from calsegx.losses import expression
@@ -80,7 +80,7 @@ def run(options: flags.FlagValues) -> list[measure.Row]:
     if unknown:
         raise UsageError(f"--tables has {unknown[0]!r}, which is none of {', '.join(TABLES)}.")
     if options.page:
-        measure.split_page(pathlib.Path(options.page), MARKS)
+        files.split_page(pathlib.Path(options.page), MARKS)
     measure.warn_if_busy()
     rows, texts = [], []
     makers = {"reading": reading, "cache": against_npy, "waiting": waiting, "verification": verification}

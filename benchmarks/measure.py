@@ -204,27 +204,12 @@ def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
 
 
 def publish(options: flags.FlagValues, marks: tuple[str, str], texts: Sequence[str], rows: Sequence[Row]) -> None:
-    """Tables between the marker comments of ``--page``, rows to ``--json``, where asked for; ``split_page``'s error."""
+    """Tables between the marker comments of ``--page``, rows to ``--json``, where asked for."""
     if options.page:
-        before, after = split_page(Path(options.page), marks)
-        files.write_atomically(Path(options.page), "\n\n".join([before + marks[0], *texts, marks[1] + after]))
+        files.write_between(Path(options.page), marks, "\n\n".join(texts))
     if options.json:
         write_json(options.json, rows)
         print(f"The rows are in {options.json}")
-
-
-def split_page(page: Path, marks: tuple[str, str]) -> tuple[str, str]:
-    """The page's text before the first and after the second marker comment.
-
-    Raises:
-        InputError: when there is no page, or it does not have both, in their order.
-    """
-    text = page.read_text() if page.is_file() else ""
-    before, begin, rest = text.partition(marks[0])
-    _, end, after = rest.partition(marks[1])
-    if not (begin and end):
-        raise InputError(f"{page} is no page with the lines {marks[0]!r} and {marks[1]!r}; add them for the tables.")
-    return before, after
 
 
 def _cell(value: Any, form: str) -> str:

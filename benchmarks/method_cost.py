@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import measure, scaling, train_step
-from calsegx import calibrators, configs, experiment, losses, sharding
+from calsegx import calibrators, configs, experiment, files, losses, sharding
 from calsegx.data import folds
 from calsegx.interfaces import Backbone, Batch
 from calsegx.losses import expression
@@ -137,7 +137,7 @@ def texts(rows: Sequence[measure.Row]) -> list[str]:
 def run(options: flags.FlagValues) -> list[measure.Row]:
     """Measure, print, write."""
     if options.page:
-        measure.split_page(Path(options.page), MARKS)  # refused before the work
+        files.split_page(Path(options.page), MARKS)  # refused before the work
     if options.rounds:
         measure.warn_if_busy()
     rows = [row for decoder in BATCH for row in step_rows(decoder, methods(), options.rounds)]

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks import measure
+from calsegx import files
 from calsegx.interfaces import InputError, UsageError
 
 TABLES = ("surface", "calibration", "losses")
@@ -182,7 +183,7 @@ def say(text: str) -> None:
 
 def _check(options: flags.FlagValues) -> None:
     if options.page:
-        measure.split_page(pathlib.Path(options.page), MARKS)
+        files.split_page(pathlib.Path(options.page), MARKS)
     for flag, known in (("tables", TABLES), ("losses", problems.loss_names())):
         unknown = [name for name in getattr(options, flag) if name not in known]
         if unknown:

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from calsegx import configs
+from calsegx import config_checks, configs
 from calsegx.data import folds
 from calsegx.interfaces import UsageError
 
@@ -196,7 +196,7 @@ def read(path: Path, root: str = "") -> Plan:
         _check_overrides(config, method, path)
         candidates = plan.candidates(method)
         for weights in candidates:
-            configs.validate(plan.settings(method, weights))
+            config_checks.validate(plan.settings(method, weights))
         if len({str(_printed(weights)) for weights in candidates}) < len(candidates):
             raise UsageError(f"{path}: grid has values of {method} that are the same to six digits; give each once.")
     return plan

@@ -7,8 +7,8 @@ Layout of a cache folder::
     <case id>/view0/labels/...         zarr3, uint8 [n, Hl, Wl]
     <case id>/view0/slices/...
     <case id>/view0/<protocol>.{points,labels,boxes}/...
-    <case id>/view0/done.json          written last: the case's fingerprint, the arrays' shapes, and the SHA-256
-                                       of their zarr.json and of itself
+    <case id>/view0/done.json          written last: the case's fingerprint, percentiles of its raw images, the arrays'
+                                       shapes, and the SHA-256 of their zarr.json and of itself
     <case id>/view0.set-aside          a view that was found damaged, until it was computed anew
     .claims/<case id>.view0.lock       locked by the process that computes the view
 
@@ -110,6 +110,14 @@ class FeatureCache:
         """
         return self._done(case_id, view)["fingerprint"]
 
+    def intensities(self, case_id: str, view: str) -> Mapping[str, Any] | None:
+        """Percentiles of the case's raw images, as they were given to ``write``; None of an earlier version's view.
+
+        Raises:
+            InputError: when the view is not in the cache.
+        """
+        return self._done(case_id, view).get("intensities")
+
     def write(
         self,
         case_id: str,
@@ -120,6 +128,7 @@ class FeatureCache:
         slices: np.ndarray,
         prompts: Mapping[str, Prompts],
         fingerprint: str,
+        intensities: Mapping[str, Any] | None = None,
     ) -> None:
         """Write one view of a case: complete in a temporary folder, then renamed; an older view is replaced.
 
@@ -131,6 +140,7 @@ class FeatureCache:
             slices: ``[n]``, the slices' positions in the volume.
             prompts: by protocol: ``points [n, N, 2]``, ``labels [n, N]``, ``boxes [n, 4]``; what is None is not stored.
             fingerprint: of the case's files.
+            intensities: channel -> percentiles of its raw image, JSON values.
 
         Raises:
             InputError: when the disk refuses (full, read-only).
@@ -155,6 +165,7 @@ class FeatureCache:
                 slice_files.write(temporary / name, array, per_slice=name in _PER_SLICE)
             done = {
                 "fingerprint": fingerprint,
+                "intensities": intensities,
                 "shapes": {name: list(array.shape) for name, array in arrays.items()},
                 "metadata": {name: slice_files.metadata_digest(temporary / name) for name in arrays},
             }

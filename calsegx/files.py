@@ -55,6 +55,26 @@ def unseal(text: bytes) -> dict[str, Any]:
     return content
 
 
+def split_page(page: Path, marks: tuple[str, str]) -> tuple[str, str]:
+    """The page's text before the first and after the second marker comment.
+
+    Raises:
+        InputError: when there is no page, or it does not have both, in their order.
+    """
+    text = page.read_text() if page.is_file() else ""
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (begin and end):
+        raise InputError(f"{page} is no page with the lines {marks[0]!r} and {marks[1]!r}; add them for the tables.")
+    return before, after
+
+
+def write_between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Replace what stands between the page's marker comments; errors as of ``split_page``."""
+    before, after = split_page(page, marks)
+    write_atomically(page, f"{before}{marks[0]}\n\n{text}\n\n{marks[1]}{after}")
+
+
 def check_outside(place: Path, dataset: Path, flag: str) -> None:
     """Refuse an output inside the dataset's folder, before the work.
 

@@ -151,9 +151,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {"foreground_ece": picture}
 
 def write(page: Path) -> None:
     """Put the tables between the marker lines of the page."""
-    before, rest = page.read_text().split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    files.write_atomically(page, f"{before}{MARKS[0]}\n\n{tables()}\n\n{MARKS[1]}{after}")
+    files.write_between(page, MARKS, tables())
 
 
 if __name__ == "__main__":

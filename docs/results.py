@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import platform
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from calsegx.metrics import statistics
 
 ROOT = Path(__file__).parent.parent
 CONTENT, PAGE, README = ROOT / "docs/results/phantoms.json", ROOT / "docs/results/phantoms.md", ROOT / "README.md"
-MARKS = "<!-- written by docs/results.py -->\n", "<!-- end of what docs/results.py wrote -->\n"
+MARKS = "<!-- docs/results.py: begin -->", "<!-- docs/results.py: end -->"
 DSC, ECE = (evaluate.DSC, evaluate.VOLUME), (evaluate.ECE, "p>0.01")
 SHOWN = (DSC, ECE, (evaluate.ECE, "dilated"), (evaluate.BRIER, "dilated"))
 PROTOCOLS = {"gt_points": "at the centroid", "random_points": "at random"}
@@ -34,12 +33,6 @@ REFERENCES = ("sam_ft", "sam_ft+ts", "early_stopping", "early_stopping+ts")
 OURS = ("sam_fip", "sam_cmp", "calsam")
 README_SCALED = ("sam_ft", "sam_fip", "calsam")  # shown with temperature scaling too
 README_COLUMNS = (("A", *DSC), ("B", *DSC), ("A", *ECE), ("B", *ECE), ("B", evaluate.ECE, "dilated"))
-ANSWERS = {
-    compare.BETTER: "better",
-    compare.WORSE: "worse",
-    compare.NO_DIFFERENCE: "no measurable difference",
-    compare.TOO_FEW: "too few subjects",
-}
 
 
 def read(experiment: Path, took: str) -> dict[str, Any]:
@@ -116,14 +109,14 @@ def _findings(content: Mapping[str, Any]) -> str:
         for domain in SCANNERS:
             lines.append(f"| **Scanner {domain}, points {words}** | | | | | |")
             found = {
-                (c["method"], c["reference"], c["metric"], c["region"]): ANSWERS[c["verdict"]]
+                (c["method"], c["reference"], c["metric"], c["region"]): c["verdict"]
                 for c in content["comparisons"][protocol]
                 if c["domain"] == domain
             }
             for method, reference in dict.fromkeys(key[:2] for key in found):
                 if not methods.calibrated(method):
                     cells = [found[method, reference, *metric] for metric in SHOWN]
-                    cells = [f"**{cell}**" if cell in ("better", "worse") else "no diff." for cell in cells]
+                    cells = [f"**{cell}**" if cell in (compare.BETTER, compare.WORSE) else "no diff." for cell in cells]
                     lines.append(
                         f"| {methods.display(method)} | against {methods.display(reference)} | {' | '.join(cells)} |"
                     )
@@ -145,7 +138,7 @@ def _results(summaries: Iterable[Mapping[str, Any]]) -> str:
     columns = [(domain, *metric) for domain in SCANNERS for metric in SHOWN]
     found = {(s["method"], s["domain"], s["metric"], s["region"]): s for s in summaries}
     lines = [
-        "| | " + " | ".join(f"{_title(*column[1:])} {column[0]}" for column in columns) + " |",
+        "| | " + " | ".join(f"{_column(*column[1:]).title} {column[0]}" for column in columns) + " |",
         "|---|" + "---:|" * len(columns),
     ]
     for method in methods.order(key[0] for key in found):
@@ -158,7 +151,7 @@ def _results(summaries: Iterable[Mapping[str, Any]]) -> str:
 def _differences(comparisons: Iterable[Mapping[str, Any]], domain: str) -> str:
     found = {(c["method"], c["reference"], c["metric"], c["region"]): c for c in comparisons if c["domain"] == domain}
     lines = [
-        "| Method | against | " + " | ".join(_title(*metric) for metric in SHOWN) + " |",
+        "| Method | against | " + " | ".join(_column(*metric).title for metric in SHOWN) + " |",
         "|---|---|" + "---:|" * 4,
     ]
     for method, reference in dict.fromkeys(key[:2] for key in found):
@@ -171,15 +164,11 @@ def _difference(c: Mapping[str, Any]) -> str:
     column = _column(c["metric"], c["region"])
     number, low, high = (tables.number(column, c[key], None, True) for key in ("difference", "low", "high"))
     p = "" if math.isnan(c["p_value"]) else f", p = {c['p_value']:.2g}"
-    return f"{number} [{low}, {high}]{p}, {ANSWERS[c['verdict']]}"
+    return f"{number} [{low}, {high}]{p}, {c['verdict']}"
 
 
 def _column(metric: str, region: str) -> tables.Column:
     return next(column for column in tables.COLUMNS if (column.metric, column.region) == (metric, region))
-
-
-def _title(metric: str, region: str) -> str:
-    return "DSC (points)" if metric == evaluate.DSC else f"{metric} [{region}]"
 
 
 def _number(summary: Mapping[str, Any], interval: bool = False) -> str:
@@ -193,28 +182,20 @@ def _number(summary: Mapping[str, Any], interval: bool = False) -> str:
 def readme_table(content: Mapping[str, Any]) -> str:
     """The README's table: centroid points."""
     found = {(s["method"], s["domain"], s["metric"], s["region"]): s for s in content["summaries"]["gt_points"]}
-    titles = [f"{_title(*column[1:]).replace(' (points)', '')} on {column[0]}" for column in README_COLUMNS]
+    titles = [f"{_column(*column[1:]).title.removesuffix(' (points)')} on {column[0]}" for column in README_COLUMNS]
     lines = [f"| | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
     for method in methods.order(key[0] for key in found):
         if methods.calibrated(method) and methods.base(method) not in README_SCALED:
             continue
         cells = [_number(found[method, *column]) for column in README_COLUMNS]
         lines.append(f"| {methods.display(method)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def with_table(text: str, table: str) -> str:
-    """``text`` with ``table`` between its two marks."""
-    start, end = (re.escape(mark) for mark in MARKS)
-    if len(re.findall(f"{start}.*?{end}", text, re.DOTALL)) != 1:
-        raise ValueError(f"the text needs the marks {MARKS} once")
-    return re.sub(f"{start}.*?{end}", lambda _: MARKS[0] + table + MARKS[1], text, flags=re.DOTALL)
+    return "\n".join(lines)
 
 
 def write(content: Mapping[str, Any]) -> None:
     """The page and the README's table."""
     files.write_atomically(PAGE, page(content))
-    files.write_atomically(README, with_table(README.read_text(), readme_table(content)))
+    files.write_between(README, MARKS, readme_table(content))
     print(f"Wrote {PAGE} and the table of {README}.")
 
 

@@ -24,7 +24,8 @@ from calsegx import calibrators, configs
 from calsegx.calibrators import storage
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import predict as case_prediction
-from calsegx.evaluation import study, verdict
+from calsegx.evaluation import study
+from calsegx.evaluation.record import DSC
 from calsegx.interfaces import Case, DataError, UsageError
 from calsegx.losses import expression
 from calsegx.metrics import overlap, regions
@@ -210,7 +211,7 @@ def table(done: Calibrated) -> str:
     names = list(dict.fromkeys(row.region for row in done.rows if row.region != case_metrics.VOLUME))
     lines = []
     for domain, relabelled in done.relabelled.items():
-        dice = [found[domain, *verdict.DSC, method] for method in (BEFORE, AFTER)]
+        dice = [found[domain, *DSC, method] for method in (BEFORE, AFTER)]
         labels = f"labels changed in {relabelled}" if relabelled else "labels unchanged"
         text = f"DSC {_change(dice, 100, 1)} points ({_undefined(dice)}), {labels}"
         lines.append(f"{domain} ({_cases(dice[0].cases)}): {text}")

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from calsegx import configs, files, losses, models, sharding
+from calsegx import config_checks, configs, files, losses, models, sharding
 from calsegx.data import cases as case_tools
 from calsegx.data import classes, examine, frames, images, intensity, preprocessing, prompts
 from calsegx.data import clicks as click_tools
 from calsegx.data import online as online_data
 from calsegx.features import FeatureCache
-from calsegx.interfaces import Backbone, Case, DataError, Dataset, UsageError
+from calsegx.interfaces import Backbone, Case, DataError, Dataset, UsageError, Volume
 from calsegx.losses import expression
 from calsegx.training import cache_jobs, caching, interruption, online
 from calsegx.training import step as train_step
@@ -65,17 +65,21 @@ class Components:
             logit_shape=self.backbone.logit_shape,
         )
 
+    def geometry(self, volume: Volume) -> frames.FrameGeometry:
+        """How slices on the grid of ``volume`` lie in the encoder's frame."""
+        backbone, resampled = self.backbone, configs.resampled(self.config.data)
+        return frames.frame_geometry(
+            volume.voxels.shape, volume.spacing_mm, backbone.image_size, backbone.logit_shape, resampled
+        )
+
     def count_slices(self, case: Case) -> int:
         """How many slices ``prepare`` takes of a case, from its label alone; of ``EVERY_SLICE`` black ones too.
 
         Raises:
             DataError: for an unusable label file.
         """
-        data, backbone = self.config.data, self.backbone
-        label = preprocessing.read_label_volume(case, self.class_map, data.slice_axis)
-        geometry = frames.frame_geometry(
-            label.voxels.shape, label.spacing_mm, backbone.image_size, backbone.logit_shape, configs.resampled(data)
-        )
+        label = preprocessing.read_label_volume(case, self.class_map, self.config.data.slice_axis)
+        geometry = self.geometry(label)
         if self.config.protocol in configs.EVERY_SLICE:
             return geometry.depths[1]
         working = frames.labels_to_working_depth(label.voxels, geometry, len(self.class_map.names))
@@ -97,7 +101,7 @@ def build(
     Raises:
         InputError: for any value of the configuration that does not fit, before any work is done.
     """
-    configs.validate(config)
+    config_checks.validate(config)
     # A backbone that knows one dtype need not take the option.
     options = {} if config.model.dtype == configs.ModelConfig.dtype else {"dtype": config.model.dtype}
     load_backbone = models.registry.bind(config.model.backbone, options)

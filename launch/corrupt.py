@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from calsegx import configs, files, locks
+from calsegx import config_checks, configs, files, locks
 from calsegx.data import cases as case_tools
 from calsegx.data import corruptions, nifti
 from calsegx.data.corruptions import manifest
@@ -319,7 +319,7 @@ def main() -> None:
     """Write or check, and say what is there."""
     f = flags.FLAGS
     data = configs.DataConfig(root=f.data, **{name: f[f"data_{name}"].value for name in _DATA_FLAGS})
-    configs.validate(configs.TrainConfig(data=data))
+    config_checks.validate(configs.TrainConfig(data=data))
     output = Path(f.output)
     if f.check:
         count, differing = check(data, output, f.workers)

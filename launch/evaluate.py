@@ -35,7 +35,7 @@ from calsegx.data import images
 from calsegx.data.corruptions import manifest
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import external as external_files
-from calsegx.evaluation import gallery, latex, marks, methods, report, robustness, study, tables
+from calsegx.evaluation import gallery, latex, methods, report, robustness, study, tables
 from calsegx.interfaces import Case, UsageError
 from calsegx.training import progress
 from launch import common, components, exchange, trained_runs
@@ -286,14 +286,11 @@ def _write(
         prompt_jitter=record.jittered,
         about=about,
     )
-    blocks = tables.overview(record.rows, record.source, record.targets, record.domain_kind)
-    columns = tables.MORE_COLUMNS
-    more = tables.overview(record.rows, record.source, record.targets, record.domain_kind, columns)
-    legend = marks.legend(record.rows, record.source, record.targets)
-    notes = "".join(f"* {sentence}\n" for sentence in legend)
-    parts = [tables.markdown(blocks), tables.markdown(more, columns), notes]
+    notes = "".join(f"* {sentence}\n" for sentence in record.legend)
+    parts = [tables.markdown(record.overview), tables.markdown(record.further, tables.MORE_COLUMNS), notes]
     files.write_atomically(workdir / "table.md", "\n".join(parts))
-    parts = [latex.latex(blocks, legend=legend), latex.latex(more, columns, legend)]
+    parts = [latex.latex(record.overview, legend=record.legend)]
+    parts += [latex.latex(record.further, tables.MORE_COLUMNS, record.legend)]
     files.write_atomically(workdir / "table.tex", "\n".join(parts))
     written = ["cases.csv", "summary.json", "table.md", "table.tex", "temperatures.json", "report.html"]
     fitted = [

@@ -11,7 +11,7 @@ once for all cells.  ``evaluation/`` holds a report per fold; ``report.html``, `
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ from launch.experiment_cells import Cell, Setting
 class Trainer:
     """Trains what is not trained yet, and says how far it is."""
 
-    def __init__(self, total: int, finished: int):
-        self._total, self._left, self._number, self._seconds = total, total - finished, 0, []
+    def __init__(self, total: int, finished: Collection[Path]):
+        self._total, self._finished, self._left = total, finished, total - len(finished)
+        self._number, self._seconds = 0, []
 
     def train(self, cell: Cell) -> None:
         """Train a cell, go on with it, or leave it as it is when it is finished."""
         self._number += 1
-        if experiment_cells.is_finished(cell):
+        if cell.folder in self._finished:
             return
         left = ""
         if self._seconds:
@@ -81,9 +82,10 @@ def experiment(path: Path, workdir: Path, root: str = "") -> Path:
     with locks.exclusive(workdir):
         settings = experiment_cells.make_settings(plan, dataset, workdir)
         known = [cell for setting in settings for cell in experiment_cells.make_cells(plan, setting, workdir)]
+        finished = {cell.folder for cell in known if experiment_cells.is_finished(cell)}
         folds_of = {setting.number: setting for setting in settings} if plan.external else {}
         others = {number: _others(plan, s, workdir, parts.class_map) for number, s in folds_of.items()}
-        trainer = Trainer(experiment_cells.count(plan) * len(settings), sum(map(experiment_cells.is_finished, known)))
+        trainer = Trainer(experiment_cells.count(plan) * len(settings), finished)
         found = []
         for setting in settings:
             cells = _trained(plan, setting, workdir, trainer)

@@ -22,7 +22,7 @@ import jax
 from absl import flags
 
 from calsegx import configs, features, files, locks, sharding
-from calsegx.data import training_domain
+from calsegx.data import images, training_domain
 from calsegx.interfaces import Case, InputError
 from calsegx.training import checkpoints, interruption, loop, progress
 from launch import common, components
@@ -87,20 +87,21 @@ def train(
 def looks(
     parts: components.Components, cache: features.FeatureCache | None, cases: Sequence[Case], stop: interruption.Stop
 ) -> Iterator[training_domain.Look]:
-    """What some of the training cases look like.
+    """What some of the training cases look like; images are read only where the cache does not know.
 
     Without a cache nobody knows how the encoder sees them; one that is trained too sees them differently at every step.
     """
     chosen = training_domain.chosen(cases)
-    with progress.Progress("Looking at training cases", len(chosen), "cases") as bar:
+    with progress.Progress("Looking at training cases", len(chosen), "cases", quiet=cache is not None) as bar:
         for done, case in enumerate(chosen, start=1):
             stop.check("no step was trained by this call.")
-            prepared = parts.prepare(case)
+            known = cache.intensities(case.case_id, "view0") if cache else None
             slices = None
             if cache is not None and parts.config.model.backbone not in configs.WHOLE:
+                grid = images.read_reference(case.images[parts.channels[0]], parts.config.data.slice_axis)
                 encoded = cache.read_case(case.case_id, "view0").features
-                slices = training_domain.slice_vectors(encoded, prepared.geometry)
-            yield training_domain.Look(prepared.intensities, slices)
+                slices = training_domain.slice_vectors(encoded, parts.geometry(grid))
+            yield training_domain.Look(parts.prepare(case).intensities if known is None else known, slices)
             bar.update(done, case.case_id)
 
 

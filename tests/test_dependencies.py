@@ -8,12 +8,13 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-FOUNDATION = {"interfaces", "registry", "configs", "files"}
+FOUNDATION = {"interfaces", "registry", "configs", "config_checks", "files"}
 # What each part of calsegx may import of calsegx, beside itself and the foundation.
 ALLOWED = {
     "interfaces": set(),
     "registry": {"interfaces"},
     "configs": {"interfaces"},
+    "config_checks": {"interfaces", "configs"},
     "files": {"interfaces"},
     "models": {"bundle"},  # sam.load opens one
     "losses": set(),

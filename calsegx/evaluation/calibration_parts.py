@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from calsegx.evaluation import calibration_figures, evaluate, figures, methods
-from calsegx.evaluation import verdict as findings
+from calsegx.evaluation import record as findings
 from calsegx.evaluation.calibration_figures import Panel
-from calsegx.evaluation.verdict import Record
+from calsegx.evaluation.record import Record
 from calsegx.metrics import binning, calibration
 
 MOST_PANELS = 4  # domains side by side in a figure of margins; of more, the targets are shown as one

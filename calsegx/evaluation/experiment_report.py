@@ -4,6 +4,7 @@ Figures that need more than the rows (reliability, cases, training) are those of
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,19 +12,18 @@ from typing import Any
 
 from calsegx.evaluation import (
     comparison_figures,
-    conclusions,
     evaluate,
     figures,
-    marks,
     methods,
     pooled,
     report,
     report_parts,
     tables,
     transfer,
+    verdict,
 )
-from calsegx.evaluation import verdict as words
-from calsegx.evaluation.verdict import Record
+from calsegx.evaluation import record as words
+from calsegx.evaluation.record import Record
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,24 @@ class Experiment:
     selections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # setting -> what the grid's rule saw
     external: Sequence[str] = ()  # methods that are other tools' predictions
 
-
-def record(experiment: Experiment, family: pooled.Family) -> Record:
-    """All folds of a family as the record of one evaluation."""
-    found = pooled.pool(family, experiment.kind)
-    return Record(
-        *(experiment.title, found.rows, found.source, found.targets, found.kind),
-        protocol=family.protocol,
-        external=experiment.external,
-    )
+    @functools.cached_property
+    def families(self) -> list[tuple[pooled.Family, Record]]:
+        """What differs in more than the fold, each with all its folds as the record of one evaluation."""
+        found = []
+        for family in pooled.families(self.parts):
+            pool = pooled.pool(family, self.kind)
+            about = self.title, pool.rows, pool.source, pool.targets, pool.kind
+            found.append((family, Record(*about, protocol=family.protocol, external=self.external)))
+        return found
 
 
 def write(path: Path, experiment: Experiment) -> None:
     """Render the report to ``path``, atomically; its links are relative to the folder of ``path``."""
-    families = pooled.families(experiment.parts)
     content = {
         "record": experiment,
-        "sections": [_section(experiment, family) for family in families],
+        "sections": [_section(experiment, family, made) for family, made in experiment.families],
         "missing": missing(experiment),
-        "few_shot": _few_shot(experiment, families),
+        "few_shot": _few_shot(experiment),
         "columns": tables.COLUMNS,
         "comparison_metrics": [words.label(*metric) for metric in words.COMPARED],
         "selections": [_selection(name, content) for name, content in experiment.selections.items()],
@@ -67,11 +66,10 @@ def write(path: Path, experiment: Experiment) -> None:
 
 def missing(experiment: Experiment) -> list[str]:
     """Planned methods without results, and those that only some folds have, as sentences."""
-    families = pooled.families(experiment.parts)
     present = {row.method for part in experiment.parts for row in part.rows}
     absent = [methods.display(name) for name in experiment.planned if name not in present]
     sentences = [f"Planned, but without any result: {', '.join(absent)}."] if absent else []
-    for family in families:
+    for family, _ in experiment.families:
         names = [{row.method for row in part.rows} for part in family.parts]
         for method in methods.order(name for found in names for name in found):
             lacking = [part.fold for part, found in zip(family.parts, names, strict=True) if method not in found]
@@ -80,8 +78,7 @@ def missing(experiment: Experiment) -> list[str]:
     return sentences or ["Nothing: every planned method has results, on every fold of its prompt protocol."]
 
 
-def _section(experiment: Experiment, family: pooled.Family) -> dict[str, Any]:
-    made = record(experiment, family)
+def _section(experiment: Experiment, family: pooled.Family, made: Record) -> dict[str, Any]:
     count = len(family.parts)
     notes = {
         pooled.IN: f"{count} folds together: seen are the test cases of the domain that a fold was trained on "
@@ -90,11 +87,11 @@ def _section(experiment: Experiment, family: pooled.Family) -> dict[str, Any]:
     }
     return {
         "title": family.title,
-        "headline": conclusions.headline(made),
+        "headline": verdict.headline(made),
         "note": notes.get(made.source, f"{count} folds together.") if count > 1 else "One split.",
-        "findings": [sentence.split(": ", 1) for sentence in conclusions.verdict(made)],
-        "blocks": tables.overview(made.rows, made.source, made.targets, made.domain_kind),
-        "legend": marks.legend(made.rows, made.source, made.targets),
+        "findings": [sentence.split(": ", 1) for sentence in verdict.verdict(made)],
+        "blocks": made.overview,
+        "legend": made.legend,
         "by_source": bool(made.source),
         "transfer": _transfer(experiment, family, made),
         "ranks": report_parts.rank_maps(made),
@@ -126,15 +123,14 @@ def _transfer(
     return found
 
 
-def _few_shot(experiment: Experiment, families: Sequence[pooled.Family]) -> list[str]:
+def _few_shot(experiment: Experiment) -> list[str]:
     """DSC and ECE against the number of training subjects; empty where that is not varied."""
     levels: dict[str, dict[int, str]] = {}
     values: dict[tuple[str, str, str], float] = {}  # metric, method, place and size
     names: list[str] = []
-    for family in families:
+    for family, made in experiment.families:
         if not family.training_subjects or family.images == pooled.CORRUPTED:
             continue
-        made = record(experiment, family)
         names += [row.method for row in made.rows]
         means = {metric: transfer.means(made, metric, region) for metric, region in report_parts.SHOWN}
         for domain in words.domains(made):

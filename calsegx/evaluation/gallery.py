@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from calsegx.evaluation import evaluate, figures, methods, predict, review, study
+from calsegx.evaluation.record import Picture
 from calsegx.evaluation.review import Review
-from calsegx.evaluation.verdict import Picture
 from calsegx.interfaces import Case
 
 MOST_METHODS = 4  # columns of a picture
@@ -86,7 +86,7 @@ def pictures(
             if s.case.case_id in seen:
                 continue
             seen.add(s.case.case_id)
-            score = f"{methods.display(ranked_by[0])} DSC {dice[s.case.case_id]:.3f}"
+            score = f"{methods.display(ranked_by[0])} DSC {100 * dice[s.case.case_id]:.1f} points"
             place = f"{domain_kind} {domain}, " if domain else ""
             title = f"{place}{rank} case: {s.case.case_id}, slice {s.index}, {score}"
             results = {name: s.results[name] for name in methods.order(s.results)}

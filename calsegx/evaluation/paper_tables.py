@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from calsegx.evaluation import evaluate, latex, methods, tables, transfer
-from calsegx.evaluation import verdict as words
-from calsegx.evaluation.verdict import DSC, ECE, Record
+from calsegx.evaluation import record as words
+from calsegx.evaluation.record import DSC, ECE, Record
 from calsegx.metrics import ranks, statistics
 
 RULE = "—"  # a cell that cannot be filled

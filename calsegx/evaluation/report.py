@@ -1,6 +1,5 @@
 """The report: one HTML file that needs nothing else, made of a ``Record``."""
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,15 +13,14 @@ from calsegx.evaluation import (
     compare,
     evaluate,
     figures,
-    marks,
     methods,
     report_parts,
     robustness,
     tables,
 )
-from calsegx.evaluation import verdict as findings
-from calsegx.evaluation.conclusions import headline, verdict
-from calsegx.evaluation.verdict import Picture, Record
+from calsegx.evaluation import record as findings
+from calsegx.evaluation.record import Picture, Record
+from calsegx.evaluation.verdict import headline, verdict
 
 __all__ = ["Picture", "Record", "headline", "verdict", "write_report"]
 
@@ -45,8 +43,6 @@ def write_report(path: Path, record: Record) -> None:
         "findings": [sentence.split(": ", 1) for sentence in verdict(record)],
         "columns": tables.COLUMNS,
         "more_columns": tables.MORE_COLUMNS,
-        "overview": functools.partial(tables.overview, record.rows, record.source, record.targets, record.domain_kind),
-        "legend": marks.legend(record.rows, record.source, record.targets),
         "comparisons": comparison_table(record),
         "comparison_metrics": [findings.label(*metric) for metric in findings.COMPARED],
         "classes": _class_table(record),

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from calsegx.evaluation import comparison_figures, evaluate, figures, methods, rankings, review, tables, transfer
-from calsegx.evaluation import verdict as findings
-from calsegx.evaluation.verdict import Record
+from calsegx.evaluation import record as findings
+from calsegx.evaluation.record import Record
 
 SHOWN = (findings.DSC, findings.ECE)  # of the matrices and the corruption curves
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from calsegx.data.corruptions import manifest
 from calsegx.evaluation import evaluate, methods
-from calsegx.evaluation.verdict import Record, domains
+from calsegx.evaluation.record import Record, domains
 from calsegx.metrics import statistics
 
 MOST_TARGETS = 6  # columns of a matrix; of more targets it shows the mean, the worst and the gap

@@ -165,6 +165,7 @@ def fill_cache(
                     slices=prepared.case.slices,
                     prompts=prepared.case.prompts,
                     fingerprint=job.fingerprint,
+                    intensities=prepared.case.intensities,
                 )
                 if computed == 2:  # the first included compilation
                     bar.say(_time_line(time.monotonic() - start, total - computed))

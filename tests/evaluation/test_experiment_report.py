@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from calsegx.evaluation import conclusions, evaluate, experiment_files, experiment_report, pooled
+from calsegx.evaluation import evaluate, experiment_files, experiment_report, pooled, verdict
 from tests.evaluation import synthetic
 from tests.evaluation.test_report import Page
 
@@ -159,7 +159,7 @@ def many_rows(domains):
 
 
 def test_a_verdict_of_many_methods_is_short_and_puts_the_strongest_first():
-    found = conclusions.verdict(experiment_report.Record("t", many_rows("AB"), "A", ["B"], "scanner"))
+    found = verdict.verdict(experiment_report.Record("t", many_rows("AB"), "A", ["B"], "scanner"))
     (sentence,) = [s for s in found if s.startswith("Against SAM-FT on scanner B (target): helps: ")]
     helps, same = sentence.rstrip(".").split("; no measurable difference: ")
     assert "FIP (DSC +" in helps and "FIP + CMP (DSC +" in helps
@@ -169,7 +169,7 @@ def test_a_verdict_of_many_methods_is_short_and_puts_the_strongest_first():
 
 def test_of_many_targets_the_worst_is_described_and_the_others_are_counted():
     targets = list("BCDEFGHI")
-    found = conclusions.verdict(experiment_report.Record("t", many_rows(["A", *targets]), "A", targets, "centre"))
+    found = verdict.verdict(experiment_report.Record("t", many_rows(["A", *targets]), "A", targets, "centre"))
     assert any(s.startswith("Over 8 targets against SAM-FT: FIP, FIP + CMP: better DSC on 8") for s in found)
     assert len({s.split("centre ")[1][0] for s in found if "(target)" in s}) == 1
     assert len(found) < 25

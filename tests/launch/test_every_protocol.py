@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from calsegx import configs
+from calsegx import config_checks, configs
 from calsegx.evaluation import evaluate as case_metrics
 from calsegx.evaluation import methods, report
 from calsegx.interfaces import DataError, UsageError
@@ -124,7 +124,7 @@ def test_jitter_that_cannot_be_drawn_is_refused(pointed, tmp_path, amounts, draw
 
 def test_jitter_of_no_prompts_is_refused(config):
     with pytest.raises(UsageError, match="--config.prompt_jitter=0.1 needs prompts to move"):
-        configs.validate(dataclasses.replace(config, protocol="none", prompt_jitter=0.1))
+        config_checks.validate(dataclasses.replace(config, protocol="none", prompt_jitter=0.1))
 
 
 def test_clicks_in_every_format_give_the_same_masks(pointed, dataset, tmp_path, capsys):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calsegx.data import images
-from calsegx.evaluation import conclusions, external, marks, methods, study
+from calsegx.evaluation import external, marks, methods, study, verdict
 from calsegx.interfaces import DataError, UsageError
 from calsegx.training import model_folder
 from launch import components, evaluate, train
@@ -76,7 +76,7 @@ def test_it_stands_in_everything_that_is_written(folder, beside):
     found = {c.method for c in beside.comparisons}
     assert TOOL in found and not methods.is_ours(TOOL)
     assert marks.strongest(beside.rows, "A", ["B"]) is not None
-    assert any(sentence.startswith("Seeds: one (42)") for sentence in conclusions.verdict(beside))
+    assert any(sentence.startswith("Seeds: one (42)") for sentence in verdict.verdict(beside))
 
 
 def test_a_missing_case_is_named_before_the_encoder_runs(folder, tmp_path, monkeypatch):

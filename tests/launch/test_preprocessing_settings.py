@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from calsegx import configs
+from calsegx import config_checks, configs
 from calsegx.data import nifti
 from calsegx.interfaces import Case, DataError, InputError, UsageError
 from launch import common, components
@@ -110,6 +110,6 @@ def test_the_page_names_existing_flags_with_usable_values(config):
         field = getattr(configs.DataConfig(), name.removeprefix("config.data."))
         if value and not isinstance(field, (str, bool)):
             settings = {name.removeprefix("config.data."): type(field)(value.rstrip(".,"))}
-            configs.validate(dataclasses.replace(config, data=dataclasses.replace(config.data, **settings)))
+            config_checks.validate(dataclasses.replace(config, data=dataclasses.replace(config.data, **settings)))
     for name in ("percentile", "z_score", "medsam_mr", "medsam_ct"):
         assert f"| `{name}`" in text

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calsegx import configs, models
+from calsegx import config_checks, configs, models
 from calsegx.interfaces import Prompts, UsageError
 from calsegx.models import sam
 from calsegx.models.sam import model
@@ -86,6 +86,6 @@ def test_a_backward_pass_computes_the_blocks_again(folder):
 def test_what_needs_a_frozen_encoder_is_refused(changes, sentence):
     whole = {"method": "sam_ft", "model": {"backbone": "sam_whole"}}
     config = configs.replace(configs.TrainConfig(), whole)
-    configs.validate(config)
+    config_checks.validate(config)
     with pytest.raises(UsageError, match=sentence):
-        configs.validate(configs.replace(config, changes))
+        config_checks.validate(configs.replace(config, changes))

@@ -58,6 +58,7 @@ class Preparation:
             prompts={"gt_points": Prompts(points=np.ones((count, 2, 2)), labels=np.ones((count, 2)))},
             geometry=frames.frame_geometry((3, 24, 20), (1.0, 1.0, 1.0), toy.IMAGE_SIZE, toy.LOGITS),
             label_volume=None,
+            intensities={},
         )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from calsegx import configs, losses, sharding
+from calsegx import config_checks, configs, losses, sharding
 from calsegx.data import pipeline
 from calsegx.interfaces import InputError, Prompts, UsageError
 from calsegx.losses import fisher
@@ -176,7 +176,7 @@ def test_evaluation_is_per_sample(mesh, batch):
 )
 def test_fisher_options_reach_the_step(changes, mesh, batch):
     config = toy.config(method="sam_fip", fisher=configs.FisherConfig(warmup_fraction=0.0, **changes))
-    configs.validate(config)
+    config_checks.validate(config)
     reference = toy.config(method="sam_fip", fisher=configs.FisherConfig(warmup_fraction=0.0))
     exact, expected = run(reference, mesh, batch)
     state, values = run(config, mesh, batch)
@@ -291,12 +291,12 @@ def test_no_step_trains_after_a_bad_one(mesh, batch):
 )
 def test_bad_fisher_options_are_refused(changes, message):
     with pytest.raises(UsageError, match=message):
-        configs.validate(toy.config(fisher=configs.FisherConfig(**changes)))
+        config_checks.validate(toy.config(fisher=configs.FisherConfig(**changes)))
 
 
 def test_centered_cannot_be_taken_apart():
     with pytest.raises(UsageError, match="--config.microbatch takes the batch apart, but .*centered"):
-        configs.validate(toy.config(microbatch=2, fisher=configs.FisherConfig(reading="centered")))
+        config_checks.validate(toy.config(microbatch=2, fisher=configs.FisherConfig(reading="centered")))
 
 
 def test_sampled_labels_need_keys():
