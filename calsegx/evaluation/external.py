@@ -15,6 +15,7 @@ Format: github.com/MIC-DKFZ/nnUNet, ``inference/export_prediction.py`` and ``uti
 """
 
 import functools
+import glob
 import hashlib
 import re
 import zipfile
@@ -121,6 +122,8 @@ class Predictions:
             return MAPS, maps
         if len(absent) < len(maps):
             raise DataError(f"{self.folder} lacks {', '.join(absent)} of case {case.case_id!r}; add every class's map.")
+        if pictures := sorted(self.folder.glob(f"{glob.escape(case.case_id)}_prob-*.png")):
+            raise DataError(f"{pictures[0]}: maps of probabilities are read as NIfTI; save it so, or move it away.")
         for path in (self.folder / f"{case.case_id}{ending}" for ending in images.ENDINGS):
             if path.is_file():
                 several = path.name.endswith(nifti.ENDINGS) and images.count_volumes(path) > 1

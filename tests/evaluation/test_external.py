@@ -225,6 +225,7 @@ def uniform(channels, shape=SHAPE):
             lambda f: [save_npz(f, uniform(3)), (f / "dataset.json").write_text('{"labels": {"0": "background"}}')],
             "labels is .*expected name: id or list of ids",
         ),
+        (lambda f: (f / "c1_prob-core.png").write_bytes(b""), "maps of probabilities are read as NIfTI"),
         (lambda f: save_npz(f, uniform(3), name="c2"), "has no prediction of 1 of 1 test cases: c1; expected CASE.npz"),
     ],
 )  # fmt: skip

@@ -190,6 +190,7 @@ def test_same_bytes_as_a_plain_loop(tmp_path, cases, mesh):
                 slices=prepared.slices,
                 prompts=prepared.prompts,
                 fingerprint=overlapped.fingerprint(case.case_id, view),
+                intensities={},
             )
     assert len(digest(plain.root)) == 1 + 4 * (1 + 5 * 2)  # a view: done.json, and of five arrays two files each
     assert digest(overlapped.root) == digest(plain.root)
