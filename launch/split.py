@@ -3,9 +3,9 @@
 python -m launch.split --data=DATASET --protocol=kfold --folds=5 --domain=centre --output=splits.json
 
 Protocols: random (one fold), kfold, leave_one_domain_out (leave-one-centre-out: a fold per centre), domain (scanner
-split: a fold per ordered pair of domains, or for ``--source`` and ``--target``).  A run uses a fold with
---config.data.splits=splits.json --config.data.fold=0.  ``--check=splits_final.json`` makes no folds: it checks a file,
-of this script or nnU-Net's.  Every image is read, to find copies under another name, and every label.
+split: a fold per domain to train on, tested on all others, or as ``--source`` and ``--target`` say).  A run uses a fold
+with --config.data.splits=splits.json --config.data.fold=0.  ``--check=splits_final.json`` makes no folds: it checks a
+file, of this script or nnU-Net's.  Every image is read, to find copies under another name, and every label.
 """
 
 import os
@@ -165,7 +165,7 @@ def define_flags() -> None:
     flags.DEFINE_float("test_fraction", folds.Options.test_fraction, "The same; for random and domain.")
     flags.DEFINE_integer("seed", folds.Options.seed, "Of the draw.")
     flags.DEFINE_string("source", "", "domain: train on this one; default: on each in turn.")
-    flags.DEFINE_string("target", "", "domain: test on this one; default: on each in turn.")
+    flags.DEFINE_string("target", "", "domain: test on this one; default: on all others.")
     flags.DEFINE_string("classes", "", "What counts as lesion, as --config.data.classes; default: all labels.")
     flags.DEFINE_bool("lesion_load", True, "Stratify by lesion volume too; reads every label.")
 

@@ -3,7 +3,7 @@
 random               one fold: train, val and test by fractions
 kfold                every subject is test in one fold; val is drawn from the others
 leave_one_domain_out one fold per domain (leave-one-centre-out): all its cases are test, the others train and val
-domain               one fold per ordered pair of domains (scanner split): train on one, test on it and on the other
+domain               one fold per domain (scanner split): train on it, test on it and on all others, or one of them
 """
 
 import difflib
@@ -31,7 +31,7 @@ class Options:
     test_fraction: float = configs.DataConfig.test_fraction  # random; domain: of the source, to measure the gap
     seed: int = 0
     source: str = ""  # domain: train on this one; empty: on each in turn
-    target: str = ""  # domain: test on this one; empty: on each in turn
+    target: str = ""  # domain: test on this one; empty: on all others
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,9 @@ def _leave_one_domain_out(subjects: Sequence[Subject], options: Options) -> list
 
 
 def _domain(subjects: Sequence[Subject], options: Options) -> list[splits.Fold]:
-    """The source's test subjects are first those whom the target has seen too: theirs is a paired comparison.
+    """The source's test subjects are first those whom a target has seen too: theirs is a paired comparison.
 
-    A person seen by both who trains does so with the source's cases alone; the target's are not used then.
+    A person seen by both who trains does so with the source's cases alone; the targets' are not used then.
     """
     known = _domains(subjects)
     for flag, name in (("source", options.source), ("target", options.target)):
@@ -188,18 +188,20 @@ def _domain(subjects: Sequence[Subject], options: Options) -> list[splits.Fold]:
     if options.source and options.source == options.target:
         raise UsageError(f"--source and --target are both {options.source!r}; name two, or leave one out.")
     found = []
-    for source, target in itertools.permutations(known, 2):
-        if options.source not in ("", source) or options.target not in ("", target):
+    for source in [options.source] if options.source else known:
+        targets = [name for name in known if name != source and options.target in ("", name)]
+        if not targets:
             continue
         pool = [subject for subject in subjects if source in subject.cases]
-        away = [subject for subject in subjects if target in subject.cases and source not in subject.cases]
-        paired = [subject for subject in pool if target in subject.cases]
-        alone = [subject for subject in pool if target not in subject.cases]
+        away = [subject for subject in subjects if subject.of(*targets) and source not in subject.cases]
+        paired = [subject for subject in pool if subject.of(*targets)]
+        alone = [subject for subject in pool if not subject.of(*targets)]
         count = splits.rounded(options.test_fraction * len(pool), len(pool))
         first = splits.evenly(paired, min(count, len(paired)))
         home = first + splits.evenly(alone, count - len(first))
         fold = _fold(pool, home, options, source)
-        found.append({"name": f"{source} to {target}", **fold, "test": _ids([*home, *away], source, target)})
+        name = f"{source} to {targets[0] if len(targets) == 1 else 'the others'}"
+        found.append({"name": name, **fold, "test": _ids([*home, *away], source, *targets)})
     return found
 
 

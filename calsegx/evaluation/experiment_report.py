@@ -110,16 +110,11 @@ def _transfer(
         folds = [part.fold for part in family.parts]
         rows = [dataclasses.replace(row, domain=part.fold) for part in family.parts for row in part.rows]
         return [("", report_parts.matrices(Record("", rows, "", folds, "fold")))]
-    by_source: dict[str, list[pooled.Part]] = {}
-    for part in family.parts:
-        by_source.setdefault(part.source, []).append(part)
     found = []
-    for source, parts in by_source.items():
-        own = [row for row in parts[0].rows if row.domain == source]  # the same cases in all folds of the source
-        rows = own + [row for part in parts for row in part.rows if row.domain != source]
-        targets = sorted({row.domain for row in rows} - {source})
-        matrices = report_parts.matrices(Record("", rows, source, targets, experiment.kind))
-        found.append((f"Trained on {experiment.kind} {source}", matrices))
+    for part in family.parts:
+        targets = sorted({row.domain for row in part.rows} - {part.source})
+        matrices = report_parts.matrices(Record("", part.rows, part.source, targets, experiment.kind))
+        found.append((f"Trained on {experiment.kind} {part.source}", matrices))
     return found
 
 

@@ -111,10 +111,11 @@ def pool(family: Family, kind: str) -> Pool:
         targets = sorted({row.domain for row in rows} - {first.source})
         return Pool(rows, first.source, targets, kind if family.images == AS_THEY_ARE else "")
     if all(part.source for part in family.parts):
-        first_of = {part.source: part for part in reversed(family.parts)}  # all folds of a source test its own cases
-        seen = [row for source, part in first_of.items() for row in part.rows if row.domain == source]
-        unseen = [row for part in family.parts for row in part.rows if row.domain != part.source]
-        named = [dataclasses.replace(row, domain=name) for name, found in ((IN, seen), (OUT, unseen)) for row in found]
+        named = [
+            dataclasses.replace(row, domain=IN if row.domain == part.source else OUT)
+            for part in family.parts
+            for row in part.rows
+        ]
         return Pool(named, IN, [OUT], "")
     return Pool([dataclasses.replace(row, domain="") for row in rows], "", [], "")
 

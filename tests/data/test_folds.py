@@ -130,14 +130,25 @@ def test_leave_one_domain_out_and_the_scanner_split():
         assert centres_of(dataset, fold["test"]) == {centre} and len(fold["test"]) == 8
         assert centres_of(dataset, fold["train"]) == set("ABC") - {centre}
     found = make(dataset, "domain")
-    assert [fold["name"] for fold in found] == ["A to B", "A to C", "B to A", "B to C", "C to A", "C to B"]
-    for fold in found:
-        source, target = fold["name"].split(" to ")
+    assert [fold["name"] for fold in found] == ["A to the others", "B to the others", "C to the others"]
+    for fold, source in zip(found, "ABC", strict=True):
         assert centres_of(dataset, [*fold["train"], *fold["val"]]) == {source}
         own = [case.centre for case in dataset.cases if case.case_id in fold["test"]]
-        assert (own.count(source), own.count(target)) == (2, 8)
-    assert [f["name"] for f in make(dataset, "domain", source="B")] == ["B to A", "B to C"]
-    assert [f["name"] for f in make(dataset, "domain", source="B", target="A")] == ["B to A"]
+        assert [own.count(centre) for centre in "ABC"] == [2 if centre == source else 8 for centre in "ABC"]
+    assert make(dataset, "domain", source="B") == found[1:2]
+    (pair,) = make(dataset, "domain", source="B", target="A")
+    assert pair["name"] == "B to A" and centres_of(dataset, pair["test"]) == {"A", "B"}
+    assert [fold["name"] for fold in make(dataset, "domain", target="A")] == ["B to A", "C to A"]
+
+
+def test_the_paired_test_of_several_scanners_is_of_people_whom_any_of_them_has_seen():
+    several = [make_case(f"p{i}{centre}", f"p{i}", centre) for i, other in enumerate("BBCC") for centre in "A" + other]
+    alone = [make_case(f"{centre}{i}", f"{centre}{i}", centre) for centre in "ABC" for i in range(6)]
+    there = make(make_dataset(*several, *alone), "domain", source="A")[0]
+    tested = {case_id for case_id in there["test"] if case_id.endswith("A") and case_id.startswith("p")}
+    assert len(tested) == 2  # of ten people the share of the test, all of them seen elsewhere too
+    trained = {case_id[:-1] for case_id in there["train"] + there["val"] if case_id.startswith("p")}
+    assert trained and not {f"{name}{centre}" for name in trained for centre in "BC"} & set(there["test"])
 
 
 def test_people_seen_by_both_scanners_are_the_paired_test_first():
