@@ -231,7 +231,7 @@ def apply(params: Mapping[str, Any], logits: Any, image: Any = None) -> Any:
             f"{'none' if image is None else image.shape} for logits {logits.shape}."
         )
     options = {"whole_image": params["whole_image"], "original": params["original"]}
-    scale = temperatures(weights, jnp.asarray(logits), None if of_image is None else jnp.asarray(image), **options)
+    scale = _one_by_one(weights, jnp.asarray(logits), None if of_image is None else jnp.asarray(image), **options)
     return logits / logits.__array_namespace__().asarray(scale, dtype=logits.dtype)[..., None]
 
 
@@ -251,6 +251,13 @@ class ImageTemperature:
     spatial = True
     fit = staticmethod(functools.partial(fit, whole_image=True))
     apply = staticmethod(apply)
+
+
+@functools.partial(jax.jit, static_argnames=("whole_image", "original"))
+def _one_by_one(weights: Weights, logits: Array, image: Array | None, **options: bool) -> Array:
+    """``temperatures`` image by image: the shifted copies of a whole volume would take many times its memory."""
+    one_of_each = jax.tree.map(lambda values: values[:, None], (logits, image))
+    return jax.lax.map(lambda pair: temperatures(weights, *pair, **options)[0], one_of_each)
 
 
 def _mix(share: Array, first: Array, second: Array) -> Array:
