@@ -1,6 +1,7 @@
 """Every injected write once, where it is cheap; ``tests/faults/disk.py`` does it to whole runs."""
 
 import errno
+import gc
 import resource
 import shutil
 
@@ -17,6 +18,13 @@ from tests.training import toy
 
 # Of the save that failed Orbax leaves coroutines behind, which complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """They are collected here, where they are expected, not in whatever test runs next in this process."""
+    yield
+    gc.collect()
 
 OPERATIONS = ("open", "write", "fsync", "rename")
 EACH = [(name, error) for name in OPERATIONS for error in (errno.ENOSPC, errno.EIO)]
