@@ -138,8 +138,7 @@ def signed(c: compare.Comparison, value: float) -> str:
     """A difference in the unit in which it is read: DSC in points, everything else as it is."""
     if math.isnan(value):
         return "undefined"
-    text = f"{100 * value:+.1f}" if c.metric == evaluate.DSC else f"{value:+.3f}"
-    return text.lstrip("+-") if float(text) == 0 else text
+    return tables.with_sign(100 * value, 1) if c.metric == evaluate.DSC else tables.with_sign(value, 3)
 
 
 def uncertainty(c: compare.Comparison) -> list[str]:

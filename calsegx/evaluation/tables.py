@@ -208,8 +208,15 @@ def number(column: Column, mean: float, sd: float | None, signed: bool = False) 
     """A mean (± sd over seeds) in the column's unit."""
     if math.isnan(mean):
         return "undefined"
-    text = f"{mean * column.scale:{'+' if signed else ''}.{column.digits}f}"
+    value = mean * column.scale
+    text = with_sign(value, column.digits) if signed else f"{value:z.{column.digits}f}"
     return text if sd is None else f"{text} ± {sd * column.scale:.{column.digits}f}"
+
+
+def with_sign(value: float, digits: int) -> str:
+    """A difference with its sign, which one that rounds to zero lacks."""
+    text = f"{value:+.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text
 
 
 def markdown(blocks: Sequence[Block], columns: Sequence[Column] = COLUMNS) -> str:

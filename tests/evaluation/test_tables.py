@@ -19,6 +19,13 @@ def test_methods_come_in_display_order_and_unknown_ones_last():
     )
 
 
+def test_a_number_that_rounds_to_zero_has_no_sign():
+    column = tables.Column("DSC", "volume", "DSC (points)", "", 100.0, 1)
+    shown = [tables.number(column, value, None, signed=True) for value in (-4e-4, 0.0, 4e-4, -6e-4, 6e-4)]
+    assert shown == ["0.0", "0.0", "0.0", "-0.1", "+0.1"]
+    assert [tables.number(column, value, 0.01) for value in (-4e-4, -6e-4)] == ["0.0 ± 1.0", "-0.1 ± 1.0"]
+
+
 def test_cases_are_written_in_long_format(tmp_path):
     rows = synthetic.rows(["sam_ft"], cases=2)
     rows.append(dataclasses.replace(rows[0], case_id="with, comma", value=math.nan, defined=False))
