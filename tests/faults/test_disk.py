@@ -26,6 +26,7 @@ def collected():
     yield
     gc.collect()
 
+
 OPERATIONS = ("open", "write", "fsync", "rename")
 EACH = [(name, error) for name in OPERATIONS for error in (errno.ENOSPC, errno.EIO)]
 
