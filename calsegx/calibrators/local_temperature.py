@@ -265,26 +265,30 @@ def _mix(share: Array, first: Array, second: Array) -> Array:
 
 
 def _convolve(values: Array, kernel: Array, bias: Array) -> Array:
-    """The convolution as one product for each offset along the first axis: kernel by shifted copies of the values.
+    """The convolution as products: for each offset along all axes but the last, a row of the kernel by shifted copies.
 
-    XLA's dilated convolution with so few channels, and above all the gradient of its kernel, is several times slower.
+    XLA's dilated convolution with so few channels, and above all the gradient of its kernel, is several times slower on
+    the CPU.  The rows come one after the other, and in 3D the gradient makes the copies again: all together they take
+    125 times the memory of the values.
     """
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    images, *spatial, channels = values.shape
-    border = [(0, 0), *[(_PADDING, _PADDING)] * len(spatial), (0, 0)]
+    images, *leading, width, channels = values.shape
+    border = [(0, 0), *[(_PADDING, _PADDING)] * (len(leading) + 1), (0, 0)]
     padded = jnp.moveaxis(jnp.pad(values, border, mode="reflect"), -1, 0)
+    taps = range(0, _KERNEL * _DILATION, _DILATION)
+    offsets = jnp.asarray(list(itertools.product(taps, repeat=len(leading))))
+    rows = kernel.astype(values.dtype).reshape(len(offsets), -1, kernel.shape[-1])
 
-    def shifted(taps: tuple[int, ...]) -> Array:
-        windows = (slice(tap * _DILATION, tap * _DILATION + size) for tap, size in zip(taps, spatial, strict=True))
-        return padded[:, :, *windows].reshape(channels, -1)
+    def add(total: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
+        offset, weights = row
+        sizes = (channels, images, *leading, padded.shape[-1])
+        part = jax.lax.dynamic_slice(padded, (0, 0, *offset, 0), sizes)
+        shifted = jnp.concatenate([part[..., tap : tap + width].reshape(channels, -1) for tap in taps])
+        return total + jnp.matmul(weights.T, shifted, precision="highest"), None
 
-    total = jnp.zeros((), values.dtype)
-    for first in range(_KERNEL):
-        taps = itertools.product([first], *[range(_KERNEL)] * (len(spatial) - 1))
-        weights = kernel[first].astype(values.dtype).reshape(-1, kernel.shape[-1])
-        shifts = jnp.concatenate([shifted(offsets) for offsets in taps])
-        total = total + jnp.matmul(weights.T, shifts, precision="highest")
-    return bias + jnp.moveaxis(total.reshape(-1, images, *spatial), 0, -1)
+    start = jnp.zeros((kernel.shape[-1], math.prod(values.shape[:-1])), values.dtype)
+    total, _ = jax.lax.scan(jax.checkpoint(add) if len(leading) > 1 else add, start, (offsets, rows))
+    return bias + jnp.moveaxis(total.reshape(kernel.shape[-1], *values.shape[:-1]), 0, -1)
 
 
 def _rows(chunks: Iterable[Chunk], use_image: bool, counted: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

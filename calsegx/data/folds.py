@@ -194,15 +194,31 @@ def _domain(subjects: Sequence[Subject], options: Options) -> list[splits.Fold]:
             continue
         pool = [subject for subject in subjects if source in subject.cases]
         away = [subject for subject in subjects if subject.of(*targets) and source not in subject.cases]
-        paired = [subject for subject in pool if subject.of(*targets)]
-        alone = [subject for subject in pool if not subject.of(*targets)]
-        count = splits.rounded(options.test_fraction * len(pool), len(pool))
-        first = splits.evenly(paired, min(count, len(paired)))
-        home = first + splits.evenly(alone, count - len(first))
-        fold = _fold(pool, home, options, source)
         name = f"{source} to {targets[0] if len(targets) == 1 else 'the others'}"
+        count = splits.rounded(options.test_fraction * len(pool), len(pool))
+        home = _paired(pool, targets, count)
+        home += splits.evenly([subject for subject in pool if not subject.of(*targets)], count - len(home))
+        fold = _fold(pool, home, options, source)
+        for target in targets:
+            if not any(target in subject.cases for subject in [*home, *away]):
+                raise DataError(
+                    f"Nobody of the {options.domain} {target!r} is tested in {name!r}: {source!r} has seen all its "
+                    f"subjects, and {count} of {len(pool)} are tested; raise --test_fraction, or name --target."
+                )
         found.append({"name": name, **fold, "test": _ids([*home, *away], source, *targets)})
     return found
+
+
+def _paired(pool: Sequence[Subject], targets: Sequence[str], count: int) -> list[Subject]:
+    """At most ``count`` test subjects whom a target has seen too, shared out among the targets, scarce ones first."""
+    seen = {target: [subject for subject in pool if target in subject.cases] for target in targets}
+    chosen: list[Subject] = []
+    scarce = sorted(targets, key=lambda target: len(seen[target]))
+    for left, target in zip(range(len(scarce), 0, -1), scarce, strict=True):
+        free = [subject for subject in seen[target] if subject not in chosen]
+        chosen += splits.evenly(free, min(-(-(count - len(chosen)) // left), len(free)))
+    free = [subject for subject in pool if subject.of(*targets) and subject not in chosen]
+    return chosen + splits.evenly(free, min(count - len(chosen), len(free)))
 
 
 PROTOCOLS: Mapping[str, Callable[[Sequence[Subject], Options], list[splits.Fold]]] = {

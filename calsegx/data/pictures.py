@@ -94,6 +94,18 @@ def read_labels(path: Path) -> Volume:
     return _volume(pixels.astype(np.int32))
 
 
+def read_probabilities(path: Path) -> Volume:
+    """Read probabilities as ``write`` stores them: float32 ``[1, H, W]``, 0..1.
+
+    Raises:
+        DataError: as ``read``, and for other pictures than grey ones of 16 bits.
+    """
+    pixels = _load(path)
+    if pixels.dtype != np.uint16:
+        raise DataError(f"{path} is no probability map; expected grey values of 16 bits, of which 65535 is 1.")
+    return _volume((pixels / _PROBABILITY_SCALE).astype(np.float32))
+
+
 def write(path: Path, array: np.ndarray, like: Volume, dtype: type) -> None:
     """Write ``array [1, H, W]`` as a grey PNG of ``like``'s size.  The file appears whole or not at all.
 

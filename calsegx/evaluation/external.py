@@ -4,7 +4,8 @@ Of every case the first of these that its folder holds is read:
 
 1. ``CASE.npz``: nnU-Net's ``--save_probabilities``, the array ``probabilities`` (v1: ``softmax``) ``[C, z, y, x]``, the
    axes of the image files in reverse; those of RAS+ where ``plans.json`` beside it names a reader that reorients;
-2. ``CASE_prob-CLASS.nii.gz``: one map for every class, as ``launch.predict`` writes them;
+2. ``CASE_prob-CLASS.nii.gz``, ``.nii`` or ``.png`` (16 bits, 65535 is 1): one map for every class, as
+   ``launch.predict`` writes them;
 3. ``CASE.nii.gz`` or ``.nii`` with several volumes: probabilities, one volume for each channel;
 4. ``CASE.nii.gz``, ``.nii`` or ``.png``: a mask of the dataset's label ids.  Every voxel counts as certain (0 or 1).
 
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from nibabel import orientations
 
-from calsegx.data import classes, images, nifti
+from calsegx.data import classes, images, nifti, pictures
 from calsegx.data.layouts import nnunet_v2
 from calsegx.evaluation import methods
 from calsegx.interfaces import Case, DataError, UsageError, Volume
@@ -116,14 +117,17 @@ class Predictions:
         path = self.folder / f"{case.case_id}.npz"
         if path.is_file():
             return NPZ, [path]
-        maps = [self.folder / f"{case.case_id}_prob-{name}.nii.gz" for name in self.class_map.names]
-        absent = [path.name for path in maps if not path.is_file()]
-        if not absent:
-            return MAPS, maps
-        if len(absent) < len(maps):
-            raise DataError(f"{self.folder} lacks {', '.join(absent)} of case {case.case_id!r}; add every class's map.")
-        if pictures := sorted(self.folder.glob(f"{glob.escape(case.case_id)}_prob-*.png")):
-            raise DataError(f"{pictures[0]}: maps of probabilities are read as NIfTI; save it so, or move it away.")
+        for ending in images.ENDINGS:
+            found = sorted(self.folder.glob(f"{glob.escape(case.case_id)}_prob-*{ending}"))
+            maps = [self.folder / f"{case.case_id}_prob-{name}{ending}" for name in self.class_map.names]
+            absent = [path.name for path in maps if path not in found]
+            if not absent:
+                return MAPS, maps
+            if found:
+                raise DataError(
+                    f"{self.folder} holds {found[0].name} of case {case.case_id!r}, but not {', '.join(absent)}; add "
+                    "the map of every class, or move the maps away."
+                )
         for path in (self.folder / f"{case.case_id}{ending}" for ending in images.ENDINGS):
             if path.is_file():
                 several = path.name.endswith(nifti.ENDINGS) and images.count_volumes(path) > 1
@@ -153,7 +157,8 @@ class Predictions:
         """``[C, D, H, W]`` of files, or of the volumes of one."""
         reference, found = self._reference(case), []
         for path, number in parts:
-            volume = nifti.read(path, number, self.slice_axis)
+            picture = path.suffix == pictures.ENDING
+            volume = pictures.read_probabilities(path) if picture else nifti.read(path, number, self.slice_axis)
             nifti.same_grid(*reference, volume, path)
             found.append(volume.voxels)
         return np.stack(found)

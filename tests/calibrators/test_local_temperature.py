@@ -59,6 +59,25 @@ def test_a_convolution_by_hand():
         np.testing.assert_allclose(found[0, row, column, 0], expected, rtol=1e-4)
 
 
+def test_no_images_have_no_temperatures():
+    weights = local_temperature.initial(1, 0, 2)
+    assert local_temperature.temperatures(weights, jnp.zeros((0, 5, 6, 1))).shape == (0, 5, 6)
+
+
+def test_memory_in_3d():
+    """The 125 shifted copies of a volume are never there at once, in the gradient neither."""
+    z = jax.ShapeDtypeStruct((1, 12, 16, 16, 1), jnp.float32)
+    y, region = (jax.ShapeDtypeStruct(z.shape[:-1], dtype) for dtype in (jnp.int32, jnp.bool_))
+    weights = local_temperature.initial(1, 0, 3)
+
+    def loss(weights, z, y, region):
+        return local_temperature.nll(weights, z, y, None, region)
+
+    for function in (loss, jax.grad(loss)):
+        memory = jax.jit(function).lower(weights, z, y, region).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 60 * 4 * z.size
+
+
 def test_the_original_form_has_a_dead_zone_and_ours_has_not():
     logits, labels, image, region = simulate((1, 6, 6))
     weights = local_temperature.initial(3, 1, 2)

@@ -151,6 +151,20 @@ def test_the_paired_test_of_several_scanners_is_of_people_whom_any_of_them_has_s
     assert trained and not {f"{name}{centre}" for name in trained for centre in "BC"} & set(there["test"])
 
 
+def seen_by_a_and(others):
+    """A dataset in which A has seen everybody, and with each person one more domain: a letter of ``others``."""
+    people = [(f"p{i:02d}", letter) for i, other in enumerate(others) for letter in "A" + other]
+    return make_dataset(*(make_case(person + letter, person, letter) for person, letter in people))
+
+
+def test_every_target_has_its_share_of_the_paired_test():
+    for others, share in (("B" * 12 + "CC" + "D" * 12, "BBCCDD"), ("B" * 9 + "CC", "BC"), ("B" * 9 + "C" * 6, "BBCC")):
+        test = make(seen_by_a_and(others), "domain", source="A", test_fraction=len(share) / len(others))[0]["test"]
+        assert sorted(case_id[-1] for case_id in test if not case_id.endswith("A")) == list(share)
+    with pytest.raises(DataError, match=r"'D' is tested in 'A to the others': 'A' has seen all.* 2 of 16 are tested"):
+        make(seen_by_a_and("B" * 6 + "CC" + "D" * 8), "domain", source="A", test_fraction=2 / 16)
+
+
 def test_people_seen_by_both_scanners_are_the_paired_test_first():
     both = [make_case(f"p{i}{centre}", f"p{i}", centre) for i in range(4) for centre in "AB"]
     dataset = make_dataset(*both, *(make_case(f"a{i}", f"a{i}", "A") for i in range(8)))

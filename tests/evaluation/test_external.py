@@ -6,6 +6,7 @@ import math
 import nibabel
 import numpy as np
 import pytest
+from PIL import Image
 
 from calsegx.data import classes, images, nifti
 from calsegx.evaluation import evaluate, external, predict
@@ -81,6 +82,14 @@ def save_npz(folder, by_file, key="probabilities", name="c1"):
     np.savez_compressed(folder / f"{name}.npz", **{key: by_file.transpose(3, 2, 1, 0)})
 
 
+def a_mask(folder):
+    save(folder / "c1.nii.gz", np.ones(SHAPE, np.uint8), AFFINES["oblique"])
+
+
+def picture(path, pixels):
+    Image.fromarray(pixels).save(path)
+
+
 def rows(case, probabilities, slice_axis="axial"):
     label = images.read_labels(case.label, slice_axis)
     truth = classes.to_indices(CLASSES, label.voxels, case.label)
@@ -123,6 +132,18 @@ def test_every_kind_of_file_gives_the_rows_of_our_own(tmp_path, folder, affine, 
     check()
     assert rows(case, found.read(case), slice_axis) == rows(case, own[..., 1:], slice_axis)
     assert kinds == [external.VOLUMES, external.MASKS, external.MAPS, external.NPZ, external.NPZ]
+
+
+def test_maps_of_pictures_as_prediction_writes_them(tmp_path, folder):
+    label = np.random.default_rng(0).integers(0, 4, (6, 5)).astype(np.uint8)
+    picture(tmp_path / "label.png", label)
+    case = Case("c1", "c1", {"grey": tmp_path / "label.png"}, tmp_path / "label.png", "test")
+    own, like = own_prediction(case)[..., 1:], images.read_labels(case.label)
+    for index, name in enumerate(CLASSES.names):
+        images.write(folder / f"c1_prob-{name}", own[..., index], like, np.float32)
+    found = opened(folder)
+    assert found.survey([case]).kinds == {external.MAPS: 1}
+    np.testing.assert_allclose(found.read(case), own, atol=0.5 / 65535 + 1e-7)
 
 
 def test_masks_have_the_same_distances_and_the_calibration_of_certainty(case, folder):
@@ -212,7 +233,12 @@ def uniform(channels, shape=SHAPE):
         (lambda f: save_npz(f, uniform(3).astype(object)), "c1.npz cannot be read"),
         (lambda f: np.savez(f / "c1.npz", probabilities=uniform(3)[0]), r"shape \(8, 9, 3\) and type float32"),
         (lambda f: (f / "c1.npz").write_bytes(b"PK\x03\x04 and no more"), "c1.npz cannot be read"),
-        (lambda f: save(f / "c1_prob-core.nii.gz", uniform(1)[..., 0], AFFINES["oblique"]), "lacks c1_prob-rim.nii.gz"),
+        (
+            lambda f: save(f / "c1_prob-core.nii.gz", uniform(1)[..., 0], AFFINES["oblique"]),
+            "holds c1_prob-core.nii.gz of case 'c1', but not c1_prob-rim.nii.gz; add the map of every class",
+        ),
+        (lambda f: [a_mask(f), (f / "c1_prob-Core.nii.gz").touch()], "holds c1_prob-Core.nii.gz of case 'c1', but not"),
+        (lambda f: [a_mask(f), (f / "c1_prob-core.nii").touch()], "but not c1_prob-rim.nii; add"),
         (lambda f: save(f / "c1.nii.gz", uniform(3), AFFINES["ras"]), "label.nii.gz and .*c1.nii.gz"),
         (lambda f: save(f / "c1.nii.gz", np.full(SHAPE, 9, np.uint8), AFFINES["oblique"]), "holds the label ids 9"),
         (lambda f: save(f / "c1.nii.gz", uniform(2)[..., 0], AFFINES["oblique"]), "c1.nii.gz is not a label file"),
@@ -225,7 +251,11 @@ def uniform(channels, shape=SHAPE):
             lambda f: [save_npz(f, uniform(3)), (f / "dataset.json").write_text('{"labels": {"0": "background"}}')],
             "labels is .*expected name: id or list of ids",
         ),
-        (lambda f: (f / "c1_prob-core.png").write_bytes(b""), "maps of probabilities are read as NIfTI"),
+        (lambda f: [a_mask(f), (f / "c1_prob-core.png").touch()], "but not c1_prob-rim.png; add"),
+        (
+            lambda f: [picture(f / f"c1_prob-{n}.png", np.zeros(SHAPE[:2], np.uint8)) for n in CLASSES.names],
+            "c1_prob-core.png is no probability map; expected grey values of 16 bits",
+        ),
         (lambda f: save_npz(f, uniform(3), name="c2"), "has no prediction of 1 of 1 test cases: c1; expected CASE.npz"),
     ],
 )  # fmt: skip
