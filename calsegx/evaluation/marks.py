@@ -47,7 +47,8 @@ def legend(rows: Sequence[evaluate.Row], source: str, targets: Sequence[str]) ->
         "Bold: best of the column in its domain; underlined: second. No marks where the label selects the region.",
         tests,
         "undef. u/n: of n values (cases times trainings that tested them) u are undefined: left out of the mean, or "
-        "given the value that the metric's definition says. Gap: positive is degradation from source to target, in the column's unit.",
+        "given the value that the metric's definition says. Gap: positive is degradation from source to target, in the "
+        "column's unit.",
     ]
 
 
