@@ -12,15 +12,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import jax
 import nibabel
 import numpy as np
 import yaml
 
 from calsegx.data import layouts, phantoms
-from calsegx.models import sam
 from calsegx.models.sam import backbone
-from tests import snippets
+from tests import random_sam, snippets
 from tests.data.layouts import fake, trees
 from tests.launch.conftest import SMALL
 from tests.launch.test_layouts import fill
@@ -106,7 +104,7 @@ def participants(path):
 def small_sam(path):
     """SAM with random numbers; without two-way blocks in its decoder, which are most of what is compiled."""
     config = dataclasses.replace(SMALL, depth=1, global_attn_indexes=(0,), decoder_depth=0, decoder_heads=1)
-    sam.save(path, config, sam.init(config, jax.random.key(0)), "Random numbers. Not a medical device.")
+    random_sam.save(path, config)
 
 
 def brats(path):

@@ -16,17 +16,6 @@ from calsegx.training import state as train_state
 from tests.faults import disk
 from tests.training import toy
 
-# Of the save that failed Orbax leaves coroutines behind, which complain when they are collected.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")
-
-
-@pytest.fixture(autouse=True)
-def collected():
-    """They are collected here, where they are expected, not in whatever test runs next in this process."""
-    yield
-    gc.collect()
-
-
 OPERATIONS = ("open", "write", "fsync", "rename")
 EACH = [(name, error) for name in OPERATIONS for error in (errno.ENOSPC, errno.EIO)]
 
@@ -87,11 +76,24 @@ def test_the_model(name, operation, error, tmp_path):
     np.testing.assert_array_equal(model_folder.load(tmp_path)[0]["kernel"], 1)
 
 
+@pytest.fixture
+def collected():
+    """Of a save that failed Orbax leaves coroutines behind, which complain when they are collected: here, not later."""
+    yield
+    gc.collect()
+
+
+def a_save_fails(test):
+    test = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")(test)
+    return pytest.mark.usefixtures("collected")(test)
+
+
 def a_state():
     optimizer = train_state.make_optimizer(toy.config())
     return train_state.init_state(toy.backbone().trainable, optimizer, sharding.device_mesh(jax.devices()[:1]))
 
 
+@a_save_fails
 @pytest.mark.parametrize(
     ("operation", "pattern"),
     [
@@ -121,6 +123,7 @@ class LimitedFiles:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
+@a_save_fails
 @pytest.mark.parametrize("size", [0, 1000])
 def test_a_checkpoint_with_limited_files(size, tmp_path):
     refused(tmp_path, lambda: LimitedFiles(size))

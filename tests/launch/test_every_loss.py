@@ -14,9 +14,9 @@ import pytest
 
 from calsegx import configs, losses
 from calsegx.interfaces import UsageError
-from calsegx.models import sam
 from calsegx.training import model_folder
 from launch import components, evaluate, train, trained_runs
+from tests import random_sam
 from tests.launch.conftest import SMALL
 
 PENALTIES = ("cmp", "mbls_penalty", "nacl_penalty", "probability_margin")  # they ask for doubt alone, so for no labels
@@ -27,7 +27,7 @@ def trained(config, tmp_path_factory):
     """A function that trains for two steps with a method and a task loss, once, and returns the run folder."""
     folder = tmp_path_factory.mktemp("losses")
     small = dataclasses.replace(SMALL, depth=1, global_attn_indexes=(0,), decoder_depth=0, decoder_heads=1)
-    sam.save(folder / "sam", small, sam.init(small, jax.random.key(0)), "Random numbers. Not a medical device.")
+    random_sam.save(folder / "sam", small)
     found = {}
 
     def run(loss, method="sam_ft", **changes):

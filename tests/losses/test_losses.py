@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 from calsegx import losses
 from calsegx.interfaces import UsageError
 from calsegx.losses import confidence, cross_entropy, overlap
+from tests.losses import derivatives as differences
 
 NAMES = ("bce", "ce", "cmp", "dice", "sam")
 BOTH = [(name, count) for name in NAMES for count in (1, 3) if (name, count) != ("bce", 3)]
@@ -115,12 +115,9 @@ def test_single_pixel(name: str, count: int):
 
 @pytest.mark.parametrize(("name", "count"), BOTH)
 def test_gradients_to_second_order(name: str, count: int):
-    with jax.enable_x64():
-        rng = np.random.default_rng(3)
-        logits = jnp.asarray(rng.normal(size=(1, 4, count)))
-        labels = jnp.asarray(rng.integers(0, max(count, 2), size=(1, 4)))
-        function = jax.jit(lambda logits: jnp.sum(losses.get(name)(logits, labels)))
-        check_grads(function, (logits,), order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
+    rng = np.random.default_rng(3)
+    logits, labels = rng.normal(size=(1, 4, count)), rng.integers(0, max(count, 2), size=(1, 4))
+    differences.against_differences(lambda z: losses.get(name)(z, labels), logits)
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -61,8 +61,8 @@ def frame():
 @functools.cache
 def embeddings():
     config, params = tiny()
-    module = image_encoder.ImageEncoder(config)
-    return module.apply({"params": params["image_encoder"]}, jnp.asarray(frame()), capture_intermediates=True)
+    apply = functools.partial(image_encoder.ImageEncoder(config).apply, capture_intermediates=True)
+    return jax.jit(apply)({"params": params["image_encoder"]}, jnp.asarray(frame()))
 
 
 @pytest.mark.parametrize("block", range(4))
@@ -85,9 +85,10 @@ def test_neck():
 def test_row_blocked_attention_equals_whole(monkeypatch):
     config, params = tiny()
     x = jax.random.normal(jax.random.key(0), (1, 3 * 16, 2 * 16, 3))
-    whole = sam.encode(config, params, x)
+    whole = jax.jit(functools.partial(sam.encode, config))(params, x)
     monkeypatch.setattr(attention, "LOGIT_BYTES_CPU", 1)
-    np.testing.assert_allclose(sam.encode(config, params, x), whole, atol=2e-5, rtol=0)
+    blocked = jax.jit(lambda *args: sam.encode(config, *args))(params, x)
+    np.testing.assert_allclose(blocked, whole, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["same", "up", "down", "q_lt_k", "q_gt_k", "odd", "interp_unequal"])
@@ -118,13 +119,21 @@ def test_prompts_and_masks(case):
     g = golden()
     z = jnp.repeat(jnp.asarray(g["encoder/neck"].transpose(0, 2, 3, 1)), len(g[f"{case}/low_res_multi"]), axis=0)
     prompts = prompts_of(case)
-    sparse, dense, position, _ = model.embed_prompts(config, params["prompt_encoder"], z, prompts)
+
+    @jax.jit
+    def stages(params, z, prompts):
+        several, one = (
+            sam.decode(config, params, z, prompts, multimask=multimask, ignore_padding=False)
+            for multimask in (True, False)
+        )
+        return model.embed_prompts(config, params["prompt_encoder"], z, prompts)[:3], several, one
+
+    (sparse, dense, position), *masks = stages(params, z, prompts)
     np.testing.assert_allclose(sparse, g[f"{case}/sparse"], atol=5e-6, rtol=0)
     np.testing.assert_allclose(position, g["dense_pe"][0].transpose(1, 2, 0), atol=5e-6, rtol=0)
     if case == "mask":
         np.testing.assert_allclose(dense, g["mask/dense"].transpose(0, 2, 3, 1), atol=2e-5, rtol=0)
-    for multimask, name in ((True, "multi"), (False, "single")):
-        logits, iou = sam.decode(config, params, z, prompts, multimask=multimask, ignore_padding=False)
+    for (logits, iou), name in zip(masks, ("multi", "single"), strict=True):
         np.testing.assert_allclose(logits, g[f"{case}/low_res_{name}"], atol=1e-4, rtol=0)
         np.testing.assert_allclose(iou, g[f"{case}/iou_{name}"], atol=1e-5, rtol=0)
 
@@ -201,10 +210,13 @@ def test_another_image_size_with_the_same_parameters():
     config, params = tiny()
     small = dataclasses.replace(config, image_size=160)
     images, geometry = sam.preprocess(small, np.full((50, 80, 3), 90, np.uint8))
-    z = sam.encode(small, params, images)
+    z = jax.jit(functools.partial(sam.encode, small))(params, images)
     assert images.shape == (1, 160, 160, 3) and z.shape == (1, 10, 10, 256)
-    np.testing.assert_allclose(z, sam.encode(config, params, images), atol=2e-5, rtol=0)
-    logits, _ = sam.decode(small, params, z, Prompts(boxes=np.array([[10.0, 10.0, 90.0, 70.0]])))
+    as_stored = jax.jit(functools.partial(sam.encode, config))(params, images)
+    np.testing.assert_allclose(z, as_stored, atol=2e-5, rtol=0)
+    logits, _ = jax.jit(functools.partial(sam.decode, small))(
+        params, z, Prompts(boxes=np.array([[10.0, 10.0, 90.0, 70.0]]))
+    )
     assert sam.postprocess(small, logits, geometry).shape == (1, 3, 50, 80)
 
 

@@ -14,13 +14,14 @@ import safetensors.numpy
 from calsegx.interfaces import DataError, InputError, Prompts, UsageError
 from calsegx.models import sam
 from calsegx.models.sam import backbone, presets, weights
+from tests import random_sam
 
 SMALL = dataclasses.replace(presets.TINY, embed_dim=16, depth=2, out_chans=16, decoder_mlp_dim=16, image_size=64)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return sam.init(SMALL, jax.random.key(0))
+    return random_sam.params(SMALL)
 
 
 def test_round_trip(tmp_path, params):
@@ -177,12 +178,13 @@ def test_class_decoder(classes):
     tiny = backbone.load_backbone(None, classes)
     z = jax.random.normal(jax.random.key(0), (2, *tiny.feature_shape))
     prompts = Prompts(points=jnp.full((2, 2, 2), 40.0), labels=jnp.array([[1, 0], [1, -1]]))
-    logits = tiny.decode(tiny.trainable, tiny.frozen, z, prompts)
+    logits = jax.jit(tiny.decode)(tiny.trainable, tiny.frozen, z, prompts)
     assert logits.shape == (2, *tiny.logit_shape, 1 if classes == 1 else classes + 1)
     if classes > 1:
         assert not logits[..., 0].any()  # the background is the reference
         # Classes start alike, and training tells them apart: every one has its own token and hypernetwork.
         np.testing.assert_allclose(logits[..., 1], logits[..., 2], atol=1e-4)
-        grads = jax.grad(lambda p: tiny.decode(p, tiny.frozen, z, prompts)[..., 1].sum())(tiny.trainable)
+        first = jax.grad(lambda p: tiny.decode(p, tiny.frozen, z, prompts)[..., 1].sum())
+        grads = jax.jit(first)(tiny.trainable)
         assert jnp.abs(grads["output_hypernetworks_mlps.0"]["layers.0"]["kernel"]).max() > 0
         assert not grads["output_hypernetworks_mlps.1"]["layers.0"]["kernel"].any()

@@ -185,11 +185,12 @@ from calsegx.data import frames, preprocessing
 from calsegx.models import sam
 from calsegx.models.sam import presets
 from calsegx.training import caching, cost
+from tests import random_sam
 
 small = dataclasses.replace(presets.TINY, image_size=64, embed_dim=128, depth=4, num_heads=2, out_chans=16,
                             window_size=4, decoder_mlp_dim=16)
 folder = pathlib.Path(sys.argv[1])
-sam.save(folder, small, sam.init(small, jax.random.key(0)), "card")
+random_sam.save(folder, small)
 prepared = types.SimpleNamespace(
     slices=np.arange(11),
     images=np.random.default_rng(0).uniform(0, 255, (11, 24, 20, 3)).astype(np.float32),
