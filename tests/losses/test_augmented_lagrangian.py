@@ -21,7 +21,7 @@ def sample(shape=(5, 6), count=3, batch=2, seed=0, dtype=np.float32):
     logits = rng.normal(0, 3, size=(batch, *shape, count)).astype(dtype)
     # Large equal areas, so that both regions exist.
     labels = np.broadcast_to(np.arange(shape[-1]) * max(count, 2) // shape[-1], (batch, *shape)).astype(np.int32)
-    return jnp.asarray(logits), jnp.asarray(labels)
+    return logits, labels
 
 
 def state_of(classes=3):

@@ -13,7 +13,7 @@ from calsegx.losses import expression
 @pytest.fixture(scope="module")
 def problem():
     rng = np.random.default_rng(0)
-    return jnp.asarray(rng.normal(size=(3, 6, 5, 4)), jnp.float32), jnp.asarray(rng.integers(0, 4, (3, 6, 5)))
+    return rng.normal(size=(3, 6, 5, 4)).astype(np.float32), rng.integers(0, 4, (3, 6, 5), dtype=np.int32)
 
 
 def outside(logits, labels, *, scale=1.0):

@@ -22,7 +22,7 @@ def sample(count: int, shape: tuple[int, ...], seed: int = 0, batch: int = 2):
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(batch, *shape, count)).astype(np.float32)
     labels = rng.integers(0, max(count, 2), size=(batch, *shape)).astype(np.int32)
-    return jnp.asarray(logits), jnp.asarray(labels)
+    return logits, labels
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import scipy.stats
 from calsegx.interfaces import UsageError
 from calsegx.losses import neighbourhood
 
+prior = jax.jit(neighbourhood.prior, static_argnums=1, static_argnames=("kind", "size", "sigma", "border"))
 CHOSEN = {
     "max": max,
     "min": min,
@@ -52,7 +53,7 @@ def test_priors_of_counts(kind, border, shape, size):
                 expected[index] = [patch.count(k) / whole for k in range(3)]
             else:
                 expected[index][CHOSEN[kind](patch)] = 1
-        tau = neighbourhood.prior(jnp.asarray(labels), 3, kind=kind, size=size, border=border)
+        tau = prior(jnp.asarray(labels), 3, kind=kind, size=size, border=border)
         np.testing.assert_allclose(tau[0], expected, rtol=1e-6)
 
 
@@ -71,7 +72,7 @@ def test_gaussian_prior_is_a_correlation(size, shape, border, mode):
         )
         for k in range(3)
     ]
-    tau = neighbourhood.prior(jnp.asarray(labels)[None], 3, kind="gaussian", size=size, sigma=0.8, border=border)
+    tau = prior(jnp.asarray(labels)[None], 3, kind="gaussian", size=size, sigma=0.8, border=border)
     np.testing.assert_allclose(tau[0], np.stack(planes, axis=-1), rtol=1e-5, atol=1e-7)
     if size == 3:
         np.testing.assert_allclose(kernel, neighbourhood.svls_kernel(len(shape), 0.8), rtol=1e-12)
@@ -81,7 +82,7 @@ def test_monai_gaussian_prior():
     labels = np.zeros((1, 13), np.int32)
     labels[0, 6] = 1
     with jax.enable_x64():
-        tau = np.asarray(neighbourhood.prior(jnp.asarray(labels), 2, kind="monai_gaussian", sigma=1.5))
+        tau = np.asarray(prior(jnp.asarray(labels), 2, kind="monai_gaussian", sigma=1.5))
     edges = scipy.stats.norm.cdf(np.arange(-6.5, 7) / 1.5)
     np.testing.assert_allclose(tau[0, :, 1], np.diff(edges), atol=1e-12)
     assert 1e-6 < 1 - tau[0, 6].sum() < 2e-5  # what lies beyond 4 sigma
@@ -96,13 +97,13 @@ def test_borders_by_hand():
         "zero": [1 / 9, 2 / 9, 1 / 9],
     }
     for border, corner in expected.items():
-        np.testing.assert_allclose(neighbourhood.prior(labels, 3, border=border)[0, 0, 0], corner, rtol=1e-6)
+        np.testing.assert_allclose(prior(labels, 3, border=border)[0, 0, 0], corner, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", neighbourhood.KINDS)
 @pytest.mark.parametrize("border", ["replicate", "background", "inside"])
 def test_priors_sum_to_one(kind, border):
-    tau = neighbourhood.prior(jnp.asarray(draw((2, 4, 7))), 4, kind=kind, border=border)
+    tau = prior(jnp.asarray(draw((2, 4, 7))), 4, kind=kind, border=border)
     assert (tau >= 0).all()
     np.testing.assert_allclose(jnp.sum(tau, axis=-1), 1, atol=2e-5 if kind == "monai_gaussian" else 1e-6)
 
@@ -110,7 +111,7 @@ def test_priors_sum_to_one(kind, border):
 @pytest.mark.parametrize("kind", ["mean", "max", "min", "median", "mode"])
 def test_pure_patches_are_exactly_one_hot(kind):
     for border in ("replicate", "inside"):
-        tau = neighbourhood.prior(jnp.full((1, 3, 4, 2), 2), 4, kind=kind, size=5, border=border)
+        tau = prior(jnp.full((1, 3, 4, 2), 2), 4, kind=kind, size=5, border=border)
         np.testing.assert_array_equal(tau, np.broadcast_to(np.eye(4)[2], tau.shape))
 
 
@@ -118,7 +119,7 @@ def test_pure_patches_are_exactly_one_hot(kind):
 @pytest.mark.parametrize("size", [3, 5])
 def test_gaussian_centre_keeps_one_half(sigma, size):
     labels = jnp.zeros((1, 9, 9), jnp.int32).at[0, 4, 4].set(1)
-    tau = neighbourhood.prior(labels, 2, kind="gaussian", size=size, sigma=sigma)
+    tau = prior(labels, 2, kind="gaussian", size=size, sigma=sigma)
     np.testing.assert_allclose(tau[0, 4, 4], 0.5, rtol=1e-6)
 
 
@@ -126,11 +127,11 @@ def test_renumbered_classes():
     """Where no labels tie, mean, gaussian and mode go with the numbers; max, min and median do not."""
     labels, new = np.array([[0, 0, 1, 1, 2, 2, 0, 0, 1, 1]]), np.array([2, 0, 1])
     for kind in ("mean", "gaussian", "mode"):
-        tau = neighbourhood.prior(jnp.asarray(labels), 3, kind=kind)
-        renumbered = neighbourhood.prior(jnp.asarray(new[labels]), 3, kind=kind)
+        tau = prior(jnp.asarray(labels), 3, kind=kind)
+        renumbered = prior(jnp.asarray(new[labels]), 3, kind=kind)
         np.testing.assert_array_equal(renumbered[..., new], tau)
-    assert neighbourhood.prior(jnp.asarray(labels), 3, kind="max")[0, 1, 1] == 1
-    assert neighbourhood.prior(jnp.asarray(new[labels]), 3, kind="max")[0, 1, new[0]] == 1
+    assert prior(jnp.asarray(labels), 3, kind="max")[0, 1, 1] == 1
+    assert prior(jnp.asarray(new[labels]), 3, kind="max")[0, 1, new[0]] == 1
 
 
 @pytest.mark.parametrize("border", neighbourhood.BORDERS)
@@ -151,14 +152,14 @@ def test_outer_mask_where_the_mean_label_is_whole():
 
 def test_single_voxels_and_small_integers():
     labels = jnp.asarray([[[3]], [[0]]], jnp.uint8)
-    np.testing.assert_array_equal(neighbourhood.prior(labels, 4)[:, 0, 0], np.eye(4)[[3, 0]])
+    np.testing.assert_array_equal(prior(labels, 4)[:, 0, 0], np.eye(4)[[3, 0]])
     np.testing.assert_array_equal(neighbourhood.outer_mask(labels), [[[False]], [[False]]])
     np.testing.assert_array_equal(neighbourhood.outer_mask(labels, border="background"), [[[True]], [[False]]])
 
 
 def test_under_jit_and_vmap():
     labels = jnp.asarray(draw((3, 2, 4, 5)))
-    for function in (lambda y: neighbourhood.prior(y, 3, kind="median"), neighbourhood.outer_mask):
+    for function in (lambda y: prior(y, 3, kind="median"), neighbourhood.outer_mask):
         expected = jnp.stack([function(y) for y in labels])
         np.testing.assert_array_equal(jax.jit(jax.vmap(function))(labels), expected)
 
@@ -176,7 +177,7 @@ def test_under_jit_and_vmap():
 def test_bad_options(options, message):
     labels = jnp.zeros((1, 3, 3), jnp.int32)
     with pytest.raises(UsageError, match=message):
-        neighbourhood.prior(labels, 2, **options)
+        prior(labels, 2, **options)
     if options.keys() & {"size", "border"}:
         with pytest.raises(UsageError, match=message):
             neighbourhood.outer_mask(labels, **options)

@@ -26,7 +26,7 @@ QUARTERS = jnp.log(jnp.asarray([[[1.0, 3.0]]]))  # p = (1/4, 3/4), one voxel
 def draw(shape, count, seed=0, scale=3.0):
     rng = np.random.default_rng(seed)
     logits = scale * rng.normal(size=(*shape, count))
-    return jnp.asarray(logits.astype(np.float32)), jnp.asarray(rng.integers(0, max(count, 2), size=shape))
+    return logits.astype(np.float32), rng.integers(0, max(count, 2), size=shape, dtype=np.int32)
 
 
 def test_label_smoothing_by_hand():
