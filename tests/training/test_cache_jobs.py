@@ -20,9 +20,13 @@ import json, pathlib, sys, time
 from calsegx import features
 from tests.training import test_cache_jobs
 root, name = pathlib.Path(sys.argv[1]), sys.argv[2]
-print("ready", flush=True)
-sys.stdin.readline()
-counts, calls = test_cache_jobs.fill(features.FeatureCache.open(root / "cache", {}), root)
+
+def meet():
+    (root / f"process {name}").touch()
+    while not all((root / f"process {number}").exists() for number in range(2)):
+        time.sleep(0.01)
+
+counts, calls = test_cache_jobs.fill(features.FeatureCache.open(root / "cache", {}), root, meet=meet)
 print(json.dumps([counts, calls]))
 """
 
@@ -32,12 +36,17 @@ def mesh():
     return sharding.device_mesh(jax.devices()[:1])
 
 
-def fill(cache, folder, progress=False, pause=0.05, mesh=None):
-    """Fill one view of every case, which takes a moment each; the counts, and the cases that were prepared."""
+def fill(cache, folder, progress=False, pause=0.05, mesh=None, meet=lambda: None):
+    """Fill one view of every case, which takes a moment each; the counts, and the cases that were prepared.
+
+    ``meet`` is called while the first of them is prepared.
+    """
     preparation = test_caching.Preparation()
 
     def prepare(case, rng):
         time.sleep(pause)
+        if not preparation.calls:
+            meet()
         return preparation(case, rng)
 
     options = {"seed": 5, "num_classes": 1, "batch_size": 3, "progress": progress}
@@ -49,12 +58,8 @@ def fill(cache, folder, progress=False, pause=0.05, mesh=None):
 def test_two_processes_compute_nothing_twice(tmp_path):
     test_caching.make_cases(tmp_path, CASES)
     command = [sys.executable, "-c", FILL, str(tmp_path)]
-    options = {"cwd": pathlib.Path(__file__).parents[2], "text": True, "stdin": -1, "stdout": -1}
+    options = {"cwd": pathlib.Path(__file__).parents[2], "text": True, "stdout": -1}
     processes = [subprocess.Popen([*command, str(number)], **options) for number in range(2)]
-    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
     ended = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     counts, calls = zip(*(json.loads(said) for said in ended), strict=True)
