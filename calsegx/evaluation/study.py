@@ -68,7 +68,12 @@ class Study:
         zero_shot = self.backbone.zero_shot
         if zero_shot is None:
             raise ValueError(f"the backbone {self.backbone.name} has no zero-shot decoder")
-        return jax.jit(lambda trainable, frozen, z, prompts: zero_shot(frozen, z, prompts))
+        return _like_decode(zero_shot)
+
+
+@functools.lru_cache(maxsize=8)
+def _like_decode(zero_shot: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(lambda trainable, frozen, z, prompts: zero_shot(frozen, z, prompts))
 
 
 @dataclass(frozen=True)

@@ -286,27 +286,9 @@ def batch_encoder(backbone: Backbone, mesh: Mesh) -> tuple[Any, Any]:
     Raises:
         UsageError: where the backbone cannot store its encoder in parts, and the mesh asks for that.
     """
-    place, forward = _placed(backbone, mesh)
-    split = sharding.batch_sharded(mesh)
-    # A view per device: the compiler would gather the whole batch where the encoder loops over blocks of it.
-    per_device = jax.shard_map(
-        lambda params, frames: forward(params, frames).astype(jnp.bfloat16),
-        mesh=mesh,
-        in_specs=(jax.tree.map(lambda leaf: leaf.spec, place), split.spec),
-        out_specs=split.spec,
-        check_vma=False,
-    )
-    return place, jax.jit(per_device, in_shardings=(place, split), out_shardings=split)
-
-
-def _placed(backbone: Backbone, mesh: Mesh) -> tuple[Any, Callable[[Any, Any], Any]]:
-    """Where the encoder's parameters lie on the mesh, and ``(params, frames) -> features`` of parameters that lie so.
-
-    Raises:
-        UsageError: where they are to be stored in parts and the backbone cannot use them so.
-    """
     if mesh.shape["model"] == 1:
-        return jax.tree.map(lambda leaf: sharding.replicated(mesh), backbone.encoder), backbone.encode
+        place = sharding.replicated(mesh)
+        return jax.tree.map(lambda leaf: place, backbone.encoder), _with_whole_encoder(backbone.encode, mesh)
     in_parts = backbone.encode_in_parts
     if in_parts is None:
         raise UsageError(
@@ -318,7 +300,26 @@ def _placed(backbone: Backbone, mesh: Mesh) -> tuple[Any, Callable[[Any, Any], A
         placements = functools.reduce(lambda level, name: level[name], path, place)
         return sharding.gather(part, placements, after)
 
-    return place, lambda params, frames: in_parts(params, frames, whole)
+    return place, _per_device(lambda params, frames: in_parts(params, frames, whole), place, mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _with_whole_encoder(encode: Callable[[Any, Any], Any], mesh: Mesh) -> Any:
+    """The same for the same function and devices, so that it is traced and compiled once a process."""
+    return _per_device(encode, sharding.replicated(mesh), mesh)
+
+
+def _per_device(forward: Callable[[Any, Any], Any], place: Any, mesh: Mesh) -> Any:
+    split = sharding.batch_sharded(mesh)
+    # A view per device: the compiler would gather the whole batch where the encoder loops over blocks of it.
+    per_device = jax.shard_map(
+        lambda params, frames: forward(params, frames).astype(jnp.bfloat16),
+        mesh=mesh,
+        in_specs=(jax.tree.map(lambda leaf: leaf.spec, place), split.spec),
+        out_specs=split.spec,
+        check_vma=False,
+    )
+    return jax.jit(per_device, in_shardings=(place, split), out_shardings=split)
 
 
 def _copy(rows: np.ndarray, batch: jax.Array) -> None:

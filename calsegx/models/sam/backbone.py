@@ -1,7 +1,10 @@
 """SAM as a backbone: frozen encoder and prompt encoder, trainable decoder with one mask token per class."""
 
+import functools
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +31,27 @@ def load_backbone(folder: Path | None, num_classes: int, *, dtype: str = "float3
     """
     folder = tiny_weights() if folder is None else Path(folder)
     config, params = weights.load(folder)
+
+    frozen = {name: params[name] for name in ("prompt_encoder", "mask_decoder")}
+    frozen["position"] = model.grid_position(config, params["prompt_encoder"])
+    return Backbone(
+        name="sam",
+        fingerprint=weights.fingerprint(folder),
+        image_size=config.image_size,
+        feature_shape=(config.grid, config.grid, config.out_chans),
+        logit_shape=(4 * config.grid, 4 * config.grid),
+        pixel_mean=config.pixel_mean,
+        pixel_std=config.pixel_std,
+        encoder={"image_encoder": params["image_encoder"]},
+        frozen=frozen,
+        trainable=class_decoder(config, params["mask_decoder"], num_classes),
+        **_functions(config, num_classes, dtype),
+    )
+
+
+@functools.cache
+def _functions(config: SamConfig, num_classes: int, dtype: str) -> Mapping[str, Callable[..., Any]]:
+    """What a backbone of this kind computes; always the same functions, so that JAX traces them once a process."""
 
     def encode(encoder: Params, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
         # checkpoint: sam_whole differentiates it; a forward pass is the same either way.
@@ -61,24 +85,7 @@ def load_backbone(folder: Path | None, num_classes: int, *, dtype: str = "float3
         logits, _ = model.decode(config, frozen, z, prompts, multimask=False)
         return jnp.moveaxis(logits, 1, -1)
 
-    frozen = {name: params[name] for name in ("prompt_encoder", "mask_decoder")}
-    frozen["position"] = model.grid_position(config, params["prompt_encoder"])
-    return Backbone(
-        name="sam",
-        fingerprint=weights.fingerprint(folder),
-        image_size=config.image_size,
-        feature_shape=(config.grid, config.grid, config.out_chans),
-        logit_shape=(4 * config.grid, 4 * config.grid),
-        pixel_mean=config.pixel_mean,
-        pixel_std=config.pixel_std,
-        encoder={"image_encoder": params["image_encoder"]},
-        frozen=frozen,
-        trainable=class_decoder(config, params["mask_decoder"], num_classes),
-        encode=encode,
-        encode_in_parts=encode_in_parts,
-        decode=decode,
-        zero_shot=zero_shot,
-    )
+    return {"encode": encode, "encode_in_parts": encode_in_parts, "decode": decode, "zero_shot": zero_shot}
 
 
 def class_decoder(config: SamConfig, mask_decoder: Params, num_classes: int) -> Params:
