@@ -1,5 +1,6 @@
 """A phantom dataset and a very small SAM, made once for all tests of the launch scripts."""
 
+import contextlib
 import dataclasses
 import io
 
@@ -27,17 +28,21 @@ SMALL = dataclasses.replace(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def blank_figures(request):
-    """Reports have a white pixel for every figure, but those of ``test_main_job``: drawing takes longer than the rest
-    of an evaluation, and tests/evaluation looks at what is drawn."""
-    if request.module.__name__ == "tests.launch.test_main_job":
-        yield
-        return
-    pixel = io.BytesIO()
+def drawn():
+    """Reports have a white pixel for every figure: drawing takes longer than the rest of an evaluation, and
+    tests/evaluation looks at what is drawn.  Within ``drawn()`` the figures are drawn."""
+    pixel, original = io.BytesIO(), figures.to_png
     Image.new("RGB", (1, 1), "white").save(pixel, "PNG")
+
+    @contextlib.contextmanager
+    def drawing():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(figures, "to_png", original)
+            yield
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "to_png", lambda figure: pixel.getvalue())
-        yield
+        yield drawing
 
 
 @pytest.fixture(scope="session")

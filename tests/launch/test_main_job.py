@@ -27,10 +27,11 @@ def runs(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def record(runs, tmp_path_factory):
+def record(runs, drawn, tmp_path_factory):
     """Their evaluation."""
     folder = tmp_path_factory.mktemp("evaluation")
-    return folder, evaluate.evaluate(runs, folder)
+    with drawn():
+        return folder, evaluate.evaluate(runs, folder)
 
 
 def test_training_leaves_a_log_and_a_model(runs):
