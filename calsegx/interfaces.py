@@ -131,6 +131,9 @@ class Backbone:
 
     ``encoder`` and ``frozen`` are never differentiated.  They are apart because training on cached features needs
     ``frozen`` alone on the device: SAM's largest encoder is 2.5 GB, the rest of it 16 MB.
+
+    What is compiled of a function is kept for as long as a process uses it: give the same function for the same kind of
+    network, never one that holds parameters.
     """
 
     name: str

@@ -196,7 +196,7 @@ def _domain(subjects: Sequence[Subject], options: Options) -> list[splits.Fold]:
         away = [subject for subject in subjects if subject.of(*targets) and source not in subject.cases]
         name = f"{source} to {targets[0] if len(targets) == 1 else 'the others'}"
         count = splits.rounded(options.test_fraction * len(pool), len(pool))
-        home = _paired(pool, targets, count)
+        home = _paired(pool, away, targets, count)
         home += splits.evenly([subject for subject in pool if not subject.of(*targets)], count - len(home))
         fold = _fold(pool, home, options, source)
         for target in targets:
@@ -209,12 +209,16 @@ def _domain(subjects: Sequence[Subject], options: Options) -> list[splits.Fold]:
     return found
 
 
-def _paired(pool: Sequence[Subject], targets: Sequence[str], count: int) -> list[Subject]:
-    """At most ``count`` test subjects whom a target has seen too, shared out among the targets, scarce ones first."""
+def _paired(pool: Sequence[Subject], away: Sequence[Subject], targets: Sequence[str], count: int) -> list[Subject]:
+    """At most ``count`` test subjects whom a target has seen too, shared out among the targets.
+
+    First come those that ``away``, whom the source has not seen, does not test already; of these the scarce ones.
+    """
+    elsewhere = {domain for subject in away for domain in subject.cases}
     seen = {target: [subject for subject in pool if target in subject.cases] for target in targets}
     chosen: list[Subject] = []
-    scarce = sorted(targets, key=lambda target: len(seen[target]))
-    for left, target in zip(range(len(scarce), 0, -1), scarce, strict=True):
+    order = sorted(targets, key=lambda target: (target in elsewhere, len(seen[target])))
+    for left, target in zip(range(len(order), 0, -1), order, strict=True):
         free = [subject for subject in seen[target] if subject not in chosen]
         chosen += splits.evenly(free, min(-(-(count - len(chosen)) // left), len(free)))
     free = [subject for subject in pool if subject.of(*targets) and subject not in chosen]

@@ -103,7 +103,9 @@ class Predictions:
         if kind == NPZ:
             return self._of_channels(paths[0], self._read_npz(case, paths[0]))
         if kind == MAPS:
-            return self._of_classes(paths[0], self._read_volumes(case, [(path, None) for path in paths]), own, False)
+            return self._of_classes(
+                paths[0], self._read_volumes(case, [(path, None) for path in paths]), own, False, named=True
+            )
         if kind == VOLUMES:
             count = images.count_volumes(paths[0])
             return self._of_channels(paths[0], self._read_volumes(case, [(paths[0], i) for i in range(count)]))
@@ -191,11 +193,12 @@ class Predictions:
         )
 
     def _of_classes(
-        self, path: Path, channels: np.ndarray, sets: Sequence[frozenset[int]], softmax: bool
+        self, path: Path, channels: np.ndarray, sets: Sequence[frozenset[int]], softmax: bool, named: bool = False
     ) -> np.ndarray:
         """``[D, H, W, K]`` from ``channels [C, D, H, W]`` whose label ids are ``sets``, checked.
 
-        Channels of a softmax add up to a class; one of regions, which overlap, must be the class itself.
+        Channels of a softmax add up to a class; one of regions, which overlap, must be the class itself.  Where files
+        are ``named`` by their class, all may be 0: a case without foreground.
         """
         if not np.isfinite(channels).all():
             raise DataError(f"{path} has {(~np.isfinite(channels)).sum()} values that are no number; predict it again.")
@@ -205,12 +208,12 @@ class Predictions:
                 "to 1: apply softmax or sigmoid to logits."
             )
         channels = np.clip(channels, 0, 1)
-        if not channels.any():
+        if not named and not channels.any():
             raise DataError(f"{path} is 0 in every channel and voxel, which no prediction is; predict it again.")
         # Older nnU-Net v2 leaves zeros in all channels outside the region it cropped to.
         total = channels.sum(axis=0)
         excess = np.abs(total - 1)[total > 0].max(initial=0)
-        if not softmax and len(sets) > 1 and self._described is None and excess <= SUM_TOLERANCE:
+        if not named and not softmax and len(sets) > 1 and self._described is None and excess <= SUM_TOLERANCE:
             raise DataError(
                 f"{path} has a channel for each class, which sum to 1 everywhere, so that one may be the background; "
                 f"put the {_DESCRIPTION} of its training beside it."

@@ -161,6 +161,10 @@ def test_every_target_has_its_share_of_the_paired_test():
     for others, share in (("B" * 12 + "CC" + "D" * 12, "BBCCDD"), ("B" * 9 + "CC", "BC"), ("B" * 9 + "C" * 6, "BBCC")):
         test = make(seen_by_a_and(others), "domain", source="A", test_fraction=len(share) / len(others))[0]["test"]
         assert sorted(case_id[-1] for case_id in test if not case_id.endswith("A")) == list(share)
+    alone = [make_case(f"{centre}{i}", f"{centre}{i}", centre) for centre in "BD" for i in range(3)]
+    seen = make_dataset(*seen_by_a_and("BBDDD" + "C" * 8).cases, *alone)
+    fold = make(seen, "domain", source="A", test_fraction=2 / 13)[0]
+    assert centres_of(seen, fold["test"]) == set("ABCD")  # C first: people of B and D are tested anyway
     with pytest.raises(DataError, match=r"'D' is tested in 'A to the others': 'A' has seen all.* 2 of 16 are tested"):
         make(seen_by_a_and("B" * 6 + "CC" + "D" * 8), "domain", source="A", test_fraction=2 / 16)
 

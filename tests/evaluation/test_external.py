@@ -144,6 +144,9 @@ def test_maps_of_pictures_as_prediction_writes_them(tmp_path, folder):
     found = opened(folder)
     assert found.survey([case]).kinds == {external.MAPS: 1}
     np.testing.assert_allclose(found.read(case), own, atol=0.5 / 65535 + 1e-7)
+    for name in CLASSES.names:  # of a picture without foreground
+        images.write(folder / f"c1_prob-{name}", 0 * own[..., 0], like, np.float32)
+    assert not found.read(case).any()
 
 
 def test_masks_have_the_same_distances_and_the_calibration_of_certainty(case, folder):

@@ -11,8 +11,8 @@ STEP = 1e-5  # of central differences in float64
 def against_differences(function, *arguments, atol=1e-5, rtol=1e-5):
     """Derivatives of a function's values along one direction, forward and reverse, agree with central differences.
 
-    The values are added up with random weights.  In float64, and to the second order: forward over forward, forward
-    over reverse and reverse over reverse, which is what the gradient of a gradient's norm is made of.
+    The values are added up with random weights.  In float64, and to the second order, each way over each: reverse over
+    reverse is what the gradient of a gradient's norm is made of.  A rule must not change the value either.
     """
     with jax.enable_x64():
         point, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arguments))
@@ -29,16 +29,21 @@ def against_differences(function, *arguments, atol=1e-5, rtol=1e-5):
         @jax.jit
         def everything(x):
             gradient = jax.grad(value)
-            forward_over_reverse = jax.jvp(gradient, (x,), (direction,))[1]
-            reverse_over_reverse = jax.grad(lambda x: jnp.vdot(gradient(x), direction))(x)
-            curvature = jax.jvp(slope, (x,), (direction,))[1]
-            return value(x), slope(x), gradient(x), forward_over_reverse, reverse_over_reverse, curvature
+            with_value, found = jax.value_and_grad(value)(x)
+            products = (
+                jax.jvp(gradient, (x,), (direction,))[1],
+                jax.grad(slope)(x),
+                jax.grad(lambda x: jnp.vdot(gradient(x), direction))(x),
+            )
+            values = jnp.stack([value(x), jax.jvp(value, (x,), (direction,))[0], with_value])
+            return values, slope(x), found, jax.jvp(slope, (x,), (direction,))[1], products
 
         points = (np.asarray(point) + sign * STEP * direction for sign in (-1, 0, 1))
-        low, found, high = (list(map(np.asarray, everything(x))) for x in points)
-    _, forward, gradient, *products, curvature = found
+        low, found, high = (jax.tree.map(np.asarray, everything(x)) for x in points)
+    values, forward, gradient, curvature, products = found
+    np.testing.assert_allclose(values, values[0], rtol=1e-12)
     slopes, change, second = ((b - a) / (2 * STEP) for a, b in zip(low[:3], high[:3], strict=True))
-    np.testing.assert_allclose([forward, direction @ gradient], slopes, atol=atol, rtol=rtol)
+    np.testing.assert_allclose([forward, direction @ gradient], slopes[:2], atol=atol, rtol=rtol)
     np.testing.assert_allclose(curvature, change, atol=atol, rtol=rtol)
     for product in products:
         np.testing.assert_allclose(product, second, atol=atol, rtol=rtol)

@@ -23,7 +23,9 @@ root, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 
 def meet():
     (root / f"process {name}").touch()
+    deadline = time.monotonic() + 120
     while not all((root / f"process {number}").exists() for number in range(2)):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 counts, calls = test_cache_jobs.fill(features.FeatureCache.open(root / "cache", {}), root, meet=meet)
@@ -60,7 +62,7 @@ def test_two_processes_compute_nothing_twice(tmp_path):
     command = [sys.executable, "-c", FILL, str(tmp_path)]
     options = {"cwd": pathlib.Path(__file__).parents[2], "text": True, "stdout": -1}
     processes = [subprocess.Popen([*command, str(number)], **options) for number in range(2)]
-    ended = [process.communicate(timeout=60)[0] for process in processes]
+    ended = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     counts, calls = zip(*(json.loads(said) for said in ended), strict=True)
     assert sorted(calls[0] + calls[1]) == list(CASES)  # each by one of them

@@ -193,7 +193,6 @@ def read_array(path: Path, name: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)  # tracing the largest takes a second
-@functools.cache
 def template(config: SamConfig) -> Params:
     """The parameters of a configuration as shapes, without numbers."""
     return jax.eval_shape(lambda: model.init(config, jax.random.key(0)))

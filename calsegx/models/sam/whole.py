@@ -1,6 +1,8 @@
 """SAM trained as a whole: image encoder and decoder, as MedSAM was; the prompt encoder alone stays frozen."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +23,6 @@ def load_backbone(folder: Path | None, num_classes: int, *, dtype: str = "float3
     came, for which the encoder as it was is among the frozen parameters.
     """
     sam = backbone.load_backbone(folder, num_classes, dtype=dtype)
-    decode_zero_shot: Any = sam.zero_shot
-
-    def encode(_: Params, images: Float[Array, "b S S 3"]) -> Float[Array, "b S S 3"]:
-        return images
-
-    def decode(
-        trainable: Params, frozen: Params, frames: Float[Array, "b S S 3"], prompts: Prompts
-    ) -> Float[Array, "b H W k"]:
-        return sam.decode(trainable["decoder"], frozen, sam.encode(trainable["encoder"], frames), prompts)
-
-    def zero_shot(frozen: Params, frames: Float[Array, "b S S 3"], prompts: Prompts) -> Float[Array, "b H W 1"]:
-        return decode_zero_shot(frozen, sam.encode(frozen, frames), prompts)
-
     return dataclasses.replace(
         sam,
         name="sam_whole",
@@ -42,8 +31,24 @@ def load_backbone(folder: Path | None, num_classes: int, *, dtype: str = "float3
         encoder={},
         frozen={**sam.frozen, **sam.encoder},
         trainable={"encoder": sam.encoder, "decoder": sam.trainable},
-        encode=encode,
         encode_in_parts=None,
-        decode=decode,
-        zero_shot=zero_shot,
+        **_functions(sam.encode, sam.decode, sam.zero_shot),
     )
+
+
+@functools.cache
+def _functions(encoder: Callable[..., Any], decoder: Callable[..., Any], untrained: Any) -> Mapping[str, Any]:
+    """Of SAM's functions, those of a backbone that is trained as a whole; the same for the same."""
+
+    def encode(_: Params, images: Float[Array, "b S S 3"]) -> Float[Array, "b S S 3"]:
+        return images
+
+    def decode(
+        trainable: Params, frozen: Params, frames: Float[Array, "b S S 3"], prompts: Prompts
+    ) -> Float[Array, "b H W k"]:
+        return decoder(trainable["decoder"], frozen, encoder(trainable["encoder"], frames), prompts)
+
+    def zero_shot(frozen: Params, frames: Float[Array, "b S S 3"], prompts: Prompts) -> Float[Array, "b H W 1"]:
+        return untrained(frozen, encoder(frozen, frames), prompts)
+
+    return {"encode": encode, "decode": decode, "zero_shot": zero_shot}
