@@ -157,9 +157,9 @@ def evaluate(
     source = config.data.source
     if root:  # the copies that launch.corrupt left as they were; of any other dataset nothing was trained on
         source = manifest.CLEAN if (away.dataset.root / manifest.FILE_NAME).is_file() else ""
-    trained = ", ".join(methods.display(name) for name in methods.order(m.method for m in runs.models))
+    names = [*methods.order(m.method for m in runs.models), *(other.method for other in others)]
     record = report.Record(
-        title=f"{trained} on {away.dataset.root.name}",
+        title=f"{', '.join(map(methods.display, names))} on {away.dataset.root.name}",
         rows=rows,
         source=source,
         targets=sorted({row.domain for row in rows} - {source}),

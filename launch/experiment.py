@@ -117,7 +117,7 @@ def _describe(
         "Dataset": f"{parts.dataset.root.name}, {len(parts.dataset.cases)} cases",
         "Classes": ", ".join(parts.class_map.names),
         "Channels": ", ".join(parts.channels),
-        "Methods": ", ".join(methods.display(name) for name in plan.methods),
+        "Methods": ", ".join(map(methods.display, [*plan.methods, *plan.external])),
         "Calibrators": ", ".join(plan.calibrators),
         "Seeds": ", ".join(map(str, plan.seeds)),
         "Folds": plan.protocol or "the dataset's own split",

@@ -9,6 +9,7 @@ import base64
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +131,9 @@ def overlay(
     columns = 1 + len(results)
     aspect = spacing_mm[0] / spacing_mm[1]
     tall = 2.0 * min(aspect * image.shape[0] / image.shape[1], 2.0)
-    figure = canvas(2.05 * columns + 0.8, 3 * tall + 0.9)
+    width = 2.05 * columns + 0.8
+    title = textwrap.fill(title, int(11 * width))  # letters of an inch
+    figure = canvas(width, 3 * tall + 0.9 + 0.17 * title.count("\n"))
     panels = figure.subplots(3, columns, squeeze=False)
     low, high = np.percentile(image, [1, 99.5])
     gray = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6), "aspect": aspect}

@@ -7,23 +7,41 @@ from dataclasses import dataclass, field
 
 from calsegx.evaluation import compare, evaluate, methods
 
+CALIBRATION_ERRORS = (evaluate.ECE, evaluate.CECE, evaluate.MCE, evaluate.TACE)
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))  # corrected p below which they are given
 
 
 def strongest(rows: Sequence[evaluate.Row], source: str, targets: Sequence[str]) -> tuple[str, str] | None:
     """The strongest baseline, against which every method is tested, and the domain that it is the strongest on.
 
-    Every method without FIP or CMP is a baseline, the prompt-only guesses too.  The domain is the source, or the first
+    Every method without FIP or CMP that gives probabilities is a baseline.  The domain is the source, or the first
     target where the source was not evaluated.  None when no baseline has a DSC and an ECE there.
     """
-    evaluated = {row.domain for row in rows}
+    evaluated, masks = {row.domain for row in rows}, certain(rows)
     domain = next((name for name in (source, *targets) if name in evaluated), None)
-    candidates = [n for n in methods.order(row.method for row in rows) if not methods.is_ours(n)]
+    candidates = [n for n in methods.order(row.method for row in rows) if not methods.is_ours(n) and n not in masks]
     if domain is None:
         return None
     dice, ece = (evaluate.DSC, evaluate.VOLUME), (evaluate.ECE, evaluate.REGIONS[0])
     found = compare.strongest_baseline(compare.index(rows), candidates, domain, dice, ece)
     return (found, domain) if found else None
+
+
+def certain(rows: Sequence[evaluate.Row]) -> frozenset[str]:
+    """Methods that give masks, of which every voxel is certain: all fall into one bin, so that ECE and MCE are one.
+
+    On p>0.01 such an ECE is 1 - precision: it sees no voxel that was missed, and is no better than a probability's.
+    """
+    errors: dict[tuple[str, int, str], dict[str, float]] = {}
+    for row in rows:
+        if row.class_name == evaluate.ALL and row.region == evaluate.REGIONS[0] and row.metric in CALIBRATION_ERRORS:
+            errors.setdefault((row.method, row.seed, row.case_id), {})[row.metric] = row.value
+    alike: dict[str, set[bool]] = {}
+    for (method, *_), found in errors.items():
+        ece, mce = found.get(evaluate.ECE, math.nan), found.get(evaluate.MCE, math.nan)
+        if not math.isnan(ece):
+            alike.setdefault(method, set()).add(math.isclose(ece, mce, rel_tol=1e-9, abs_tol=1e-12))
+    return frozenset(method for method, each in alike.items() if each == {True})
 
 
 def legend(rows: Sequence[evaluate.Row], source: str, targets: Sequence[str]) -> list[str]:
@@ -38,13 +56,14 @@ def legend(rows: Sequence[evaluate.Row], source: str, targets: Sequence[str]) ->
             f"Stars: differs, for better or worse, from {methods.display(name)}, two-sided Wilcoxon over subjects, "
             "Holm-corrected over the methods of the column and domain: * p < 0.05, ** p < 0.01, *** p < 0.001; with "
             f"fewer than 6 common subjects there is no test. {methods.display(name)} is the strongest baseline: of the "
-            "methods without FIP and CMP it has the least sum of ranks by DSC and by "
+            "methods without FIP and CMP that give probabilities it has the least sum of ranks by DSC and by "
             f"ECE [{evaluate.REGIONS[0]}] on {on}."
         )
     return [
         "Mean over cases, then over seeds; ± is the standard deviation over seeds, absent with one seed. Brackets: "
         "95 % bootstrap interval of the mean over subjects, after averaging a subject's cases and seeds.",
-        "Bold: best of the column in its domain; underlined: second. No marks where the label selects the region.",
+        "Bold: best of the column in its domain; underlined: second. No marks on gt_fg, which the label selects; a "
+        "mask, which is certain of every voxel, has none for calibration errors.",
         tests,
         "undef. u/n: of n values (cases times trainings that tested them) u are undefined: left out of the mean, or "
         "given the value that the metric's definition says. Gap: positive is degradation from source to target, in the "
@@ -66,9 +85,18 @@ class Marks:
         return next((stars for limit, stars in STARS if p < limit), "")
 
 
-def of(summaries: Sequence[evaluate.Summary | None], rows: compare.Index, baseline: tuple[str, str] | None) -> Marks:
-    """The marks of one column (one metric, region and domain); none where the label selects the region."""
+def of(
+    summaries: Sequence[evaluate.Summary | None],
+    rows: compare.Index,
+    baseline: tuple[str, str] | None,
+    masks: frozenset[str] = frozenset(),
+) -> Marks:
+    """The marks of one column (one metric, region and domain); none where the label selects the region.
+
+    ``masks``: the methods that are ``certain``.
+    """
     known = [s for s in summaries if s is not None and not math.isnan(s.mean)]
+    known = [s for s in known if s.method not in masks or s.metric not in CALIBRATION_ERRORS]
     if len(known) < 2 or known[0].region == evaluate.PAPERS_REGION:
         return Marks()
     _, domain, _, metric, region = dataclasses.astuple(known[0])[:5]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calsegx.evaluation import evaluate, methods
-from calsegx.metrics import ranks
+from calsegx.metrics import ranks, statistics
 
 RANKED = (
     (evaluate.DSC, evaluate.VOLUME),
@@ -32,7 +32,7 @@ class Rankings:
     sum_rank: np.ndarray  # [methods] their sum
     of_cases: np.ndarray  # [methods, metrics] mean over subjects of the rank within a subject
     mean_case_rank: np.ndarray  # [methods] over subjects and metrics
-    friedman_p: list[float]  # by metric; NaN with fewer than 3 methods or 2 subjects
+    friedman_p: list[float]  # by metric; NaN with fewer than 3 methods or FEWEST_PAIRS subjects
     subjects: list[int]  # that entered, by metric
     left_out: list[tuple[str, str]]  # metrics without a subject for which every method has a value
 
@@ -65,10 +65,15 @@ def rank(rows: Sequence[evaluate.Row], domains: Sequence[str]) -> Rankings | Non
     return Rankings(
         *(names, metrics, of_means, of_means.sum(axis=1)),
         *(np.stack(of_cases, axis=1), ranks.mean_rank(together, True).value),
-        [ranks.friedman(t, h).p if len(names) > 2 else math.nan for t, h in zip(used, higher, strict=True)],
+        [_friedman(t, h) for t, h in zip(used, higher, strict=True)],
         [table.shape[1] for table in used],
         [metric for metric in RANKED if metric not in metrics],
     )
+
+
+def _friedman(table: np.ndarray, higher_is_better: bool) -> float:
+    enough = len(table) > 2 and table.shape[1] >= statistics.FEWEST_PAIRS
+    return ranks.friedman(table, higher_is_better).p if enough else math.nan
 
 
 def _table(found: dict[str, dict[str, list[float]]], names: Sequence[str]) -> np.ndarray:

@@ -145,12 +145,13 @@ def overview(
         (s.method, s.domain, s.metric, s.region): s for found in by_domain.values() for s in evaluate.summarise(found)
     }
     names = methods.order(row.method for row in rows)
-    indexed, baseline = compare.index(rows), marks.strongest(rows, source, targets)
+    indexed, baseline, masks = compare.index(rows), marks.strongest(rows, source, targets), marks.certain(rows)
     blocks = []
     for domain, role in ((source, "Source"), *((target, "Target") for target in targets)):
         present = [name for name in names if any(key[:2] == (name, domain) for key in summaries)]
         found = {n: [summaries.get((n, domain, c.metric, c.region)) for c in columns] for n in present}
-        marked = [marks.of([cells[i] for cells in found.values()], indexed, baseline) for i in range(len(columns))]
+        by_column = [[cells[i] for cells in found.values()] for i in range(len(columns))]
+        marked = [marks.of(column, indexed, baseline, masks) for column in by_column]
         lines = [
             (name, [_cell(c, s, m, indexed) for c, s, m in zip(columns, cells, marked, strict=True)])
             for name, cells in found.items()

@@ -35,8 +35,9 @@ def verdict(record: Record) -> list[str]:
         *_unguessed(record),
         *_undefined(record),
         _seeds(record),
-        "Evidence: mean difference paired by subject, 95 % bootstrap interval over subjects, two-sided Wilcoxon p "
-        "without correction for the number of comparisons.",
+        "Evidence: mean difference paired by subject, whose cases are averaged first (the tables average cases, so "
+        "their means may differ otherwise), 95 % bootstrap interval over subjects, two-sided Wilcoxon p without "
+        "correction for the number of comparisons.",
     ]
 
 
@@ -62,6 +63,9 @@ def headline(record: Record) -> str:
         if SCALED in names:
             c = compare.compare(rows, method, SCALED, domain, *ECE)
             parts.append(f"against SAM-FT + TS: {words.label(c.metric, c.region)} {words.change(c)} ({c.verdict})")
+    if not parts and not record.source and len(present) > 1:
+        described = [name for name in _described(record) if name in present]
+        return " ".join(f"On {words.place(record, n)}, {'; '.join(_dice_of_all(record, n))}." for n in described)
     if not parts:
         parts = _dice_of_all(record, domain)
     short = [

@@ -27,6 +27,22 @@ def test_the_strongest_baseline_is_by_dsc_and_ece_on_the_source_and_never_ours()
     assert marks.strongest(masks_only, "A", ["B"])[0] != "sam_ft+ts"
 
 
+def test_a_mask_has_no_marks_for_calibration_errors_and_is_no_baseline():
+    """Its ECE on the voxels that it predicts is 1 - precision: here 0, with the best DSC too."""
+    rows = synthetic.rows(["sam_ft", "calsam"])
+    rows += [dataclasses.replace(r, metric=evaluate.MCE, value=r.value + 0.1) for r in rows if r.metric == evaluate.ECE]
+    made = [dataclasses.replace(r, method="Tool", value=r.value + 0.1) for r in rows if r.method == "sam_ft"]
+    errors = (evaluate.ECE, evaluate.MCE)
+    masks = [dataclasses.replace(r, value=0.0) if r.metric in errors else r for r in made]
+    assert marks.certain(rows + masks) == {"Tool"} and not marks.certain(rows + made)
+    assert marks.strongest(rows + masks, "A", ["B"]) == ("sam_ft", "A")
+    columns = [column.title for column in tables.COLUMNS]
+    dsc, ece = columns.index("DSC (points)"), columns.index("ECE [p>0.01]")
+    cells = dict(tables.overview(rows + masks, "A", ["B"])[0].rows)
+    assert cells["Tool"][dsc].best and not cells["Tool"][ece].best and cells["calsam"][ece].best
+    assert not cells["Tool"][ece].stars
+
+
 def test_p_values_are_corrected_over_the_methods_of_the_column():
     rows = synthetic.rows(["sam_ft", "vanilla_sam", "sam_fip", "calsam"], noise=0.1)
     index = compare.index(rows)

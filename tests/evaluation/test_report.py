@@ -114,6 +114,12 @@ def test_what_was_not_run_is_said():
     alone = report.verdict(record(synthetic.rows(["calsam"], cases=3)))
     assert any(s.startswith("SAM-FT: not evaluated") for s in alone)
     assert report.verdict(record([])) == ["Nothing to say: there are no results."]
+    away = [r for r in synthetic.rows(["calsam"]) if r.domain == "B"]
+    both = away + [dataclasses.replace(r, domain="C", value=r.value - 0.3) for r in away]
+    line = report.headline(dataclasses.replace(record(both, targets=("B", "C")), source=""))
+    assert re.fullmatch(
+        r"On scanner B, CalSAM has DSC [\d.]+ points. On scanner C, CalSAM has DSC [\d.]+ points.", line
+    )
     assert report.headline(record([])) == "There are no results."
 
 
