@@ -136,7 +136,7 @@ def test_the_card_says_what_was_measured(run, evaluation, tmp_path):
             if (entry["method"], entry["domain"], entry["metric"], entry["class_name"])
             == ("sam_ft", domain, "DSC", "all")
         )
-        row = rf"\| scanner {domain}(?: \(trained on\))? \| own \| 2 \| {100 * mean:.1f} ± \d+\.\d \|"
+        row = rf"\| scanner {domain}(?: \(test cases of what was trained on\))? \| own \| 2 \| {100 * mean:.1f} ± \d+\.\d \|"
         assert re.search(row, body), domain
     assert body.count("(test cases of what was trained on)") == 2  # the decoder's own probabilities, and scaled ones
     assert "fitted on the validation cases (1), region dilated" in body
