@@ -175,7 +175,7 @@ def _results(evaluation: Mapping[str, Any] | None, source: str) -> str:
         trained = evaluation["source"] and domain == evaluation["source"] == source
         name = f"{evaluation['domain_kind']} {domain}".strip() or "test cases"
         cases = max(entry["cases"] for entry in entries if entry)
-        role = " (test cases of what was trained on)" if trained else ""
+        role = " (test cases of the source)" if trained else ""
         lines.append(f"| {_escape(name)}{role} | {'TS' if scaled else 'own'} | {cases} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"* {column.title}: {column.definition}." for column in columns)])
 

@@ -136,9 +136,9 @@ def test_the_card_says_what_was_measured(run, evaluation, tmp_path):
             if (entry["method"], entry["domain"], entry["metric"], entry["class_name"])
             == ("sam_ft", domain, "DSC", "all")
         )
-        row = rf"\| scanner {domain}(?: \(test cases of what was trained on\))? \| own \| 2 \| {100 * mean:.1f} ± \d+\.\d \|"
+        row = rf"\| scanner {domain}(?: \(test cases of the source\))? \| own \| 2 \| {100 * mean:.1f} ± \d+\.\d \|"
         assert re.search(row, body), domain
-    assert body.count("(test cases of what was trained on)") == 2  # the decoder's own probabilities, and scaled ones
+    assert body.count("(test cases of the source)") == 2  # the decoder's own probabilities, and scaled ones
     assert "fitted on the validation cases (1), region dilated" in body
 
     card = (export.export(run, tmp_path / "unknown", "Our terms", "ours") / "README.md").read_text()
