@@ -30,15 +30,16 @@ def strongest(rows: Sequence[evaluate.Row], source: str, targets: Sequence[str])
 def certain(rows: Sequence[evaluate.Row]) -> frozenset[str]:
     """Methods that give masks, of which every voxel is certain: all fall into one bin, so that ECE and MCE are one.
 
-    On p>0.01 such an ECE is 1 - precision: it sees no voxel that was missed, and is no better than a probability's.
+    On p>0.01 such an ECE is 1 - precision: it sees no voxel that was missed, unlike a probability's.
     """
+    both = evaluate.ECE, evaluate.MCE
     errors: dict[tuple[str, int, str], dict[str, float]] = {}
     for row in rows:
-        if row.class_name == evaluate.ALL and row.region == evaluate.REGIONS[0] and row.metric in CALIBRATION_ERRORS:
+        if row.class_name == evaluate.ALL and row.region == evaluate.REGIONS[0] and row.metric in both:
             errors.setdefault((row.method, row.seed, row.case_id), {})[row.metric] = row.value
     alike: dict[str, set[bool]] = {}
     for (method, *_), found in errors.items():
-        ece, mce = found.get(evaluate.ECE, math.nan), found.get(evaluate.MCE, math.nan)
+        ece, mce = (found.get(metric, math.nan) for metric in both)
         if not math.isnan(ece):
             alike.setdefault(method, set()).add(math.isclose(ece, mce, rel_tol=1e-9, abs_tol=1e-12))
     return frozenset(method for method, each in alike.items() if each == {True})

@@ -49,6 +49,9 @@ def headline(record: Record) -> str:
         return "There are no results."
     gaps = {target: _dice_gaps(record, target) for target in record.targets if target in present}
     domain = max(gaps, key=lambda target: gaps[target].get(methods.BASELINE, -math.inf)) if gaps else record.source
+    among = ""
+    if len(gaps) > 1 and not any(gaps.values()):  # nothing was measured on the source
+        domain, among = _worst(record, list(gaps)), f", the worst of {len(gaps)} {record.domain_kind or 'domain'}s"
     method = next((name for name in ("calsam", "sam_fip", "sam_cmp") if name in names), None)
     parts = []
     for name in (methods.BASELINE, method):
@@ -63,9 +66,6 @@ def headline(record: Record) -> str:
         if SCALED in names:
             c = compare.compare(rows, method, SCALED, domain, *ECE)
             parts.append(f"against SAM-FT + TS: {words.label(c.metric, c.region)} {words.change(c)} ({c.verdict})")
-    if not parts and not record.source and len(present) > 1:
-        described = [name for name in _described(record) if name in present]
-        return " ".join(f"On {words.place(record, n)}, {'; '.join(_dice_of_all(record, n))}." for n in described)
     if not parts:
         parts = _dice_of_all(record, domain)
     short = [
@@ -75,7 +75,16 @@ def headline(record: Record) -> str:
         if name in names and guess in names
         if compare.compare(rows, name, guess, domain, *DSC).verdict not in (compare.BETTER, compare.TOO_FEW)
     ]
-    return f"On {words.place(record, domain)}, {'; '.join(parts + short)}."
+    return f"On {words.place(record, domain)}{among}, {'; '.join(parts + short)}."
+
+
+def _worst(record: Record, domains: Sequence[str]) -> str:
+    """The domain of the lowest mean DSC of SAM-FT; without it of the first trained method, or of any."""
+    means = transfer.means(record, *DSC)
+    names = methods.order(row.method for row in record.rows)
+    trained = [name for name in names if name not in (*methods.UNTRAINED, *record.external)]
+    reference = methods.BASELINE if methods.BASELINE in names else (trained or names)[0]
+    return min(domains, key=lambda domain: (math.isnan(mean := means.get((reference, domain), math.nan)), mean))
 
 
 def _dice_of_all(record: Record, domain: str) -> list[str]:

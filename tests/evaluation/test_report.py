@@ -117,9 +117,10 @@ def test_what_was_not_run_is_said():
     away = [r for r in synthetic.rows(["calsam"]) if r.domain == "B"]
     both = away + [dataclasses.replace(r, domain="C", value=r.value - 0.3) for r in away]
     line = report.headline(dataclasses.replace(record(both, targets=("B", "C")), source=""))
-    assert re.fullmatch(
-        r"On scanner B, CalSAM has DSC [\d.]+ points. On scanner C, CalSAM has DSC [\d.]+ points.", line
-    )
+    assert re.fullmatch(r"On scanner C, the worst of 2 scanners, CalSAM has DSC [\d.]+ points.", line)
+    pair = [dataclasses.replace(r, method="sam_ft") for r in both]
+    line = report.headline(dataclasses.replace(record(both + pair, targets=("B", "C")), source=""))
+    assert line.startswith("On scanner C, the worst of 2 scanners, CalSAM against SAM-FT: DSC 0.0 points")
     assert report.headline(record([])) == "There are no results."
 
 

@@ -159,7 +159,7 @@ def test_single_voxels_and_small_integers():
 
 def test_under_jit_and_vmap():
     labels = jnp.asarray(draw((3, 2, 4, 5)))
-    for function in (lambda y: prior(y, 3, kind="median"), neighbourhood.outer_mask):
+    for function in (lambda y: neighbourhood.prior(y, 3, kind="median"), neighbourhood.outer_mask):
         expected = jnp.stack([function(y) for y in labels])
         np.testing.assert_array_equal(jax.jit(jax.vmap(function))(labels), expected)
 
