@@ -30,12 +30,14 @@ def strongest(rows: Sequence[evaluate.Row], source: str, targets: Sequence[str])
 def certain(rows: Sequence[evaluate.Row]) -> frozenset[str]:
     """Methods that give masks, of which every voxel is certain: all fall into one bin, so that ECE and MCE are one.
 
-    On p>0.01 such an ECE is 1 - precision: it sees no voxel that was missed, unlike a probability's.
+    On p>0.01 such an ECE is 1 - precision: it sees no voxel that was missed, unlike a probability's.  The prompt-only
+    guesses have one bin too, but give it the probability that the training labels show, so theirs is measured.
     """
     both = evaluate.ECE, evaluate.MCE
     errors: dict[tuple[str, int, str], dict[str, float]] = {}
     for row in rows:
-        if row.class_name == evaluate.ALL and row.region == evaluate.REGIONS[0] and row.metric in both:
+        asked = row.class_name == evaluate.ALL and row.region == evaluate.REGIONS[0] and row.metric in both
+        if asked and row.method not in methods.PROMPT_ONLY:
             errors.setdefault((row.method, row.seed, row.case_id), {})[row.metric] = row.value
     alike: dict[str, set[bool]] = {}
     for (method, *_), found in errors.items():

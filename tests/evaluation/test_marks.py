@@ -35,6 +35,7 @@ def test_a_mask_has_no_marks_for_calibration_errors_and_is_no_baseline():
     errors = (evaluate.ECE, evaluate.MCE)
     masks = [dataclasses.replace(r, value=0.0) if r.metric in errors else r for r in made]
     assert marks.certain(rows + masks) == {"Tool"} and not marks.certain(rows + made)
+    assert not marks.certain([dataclasses.replace(r, method="prompt_only_disc") for r in masks])
     assert marks.strongest(rows + masks, "A", ["B"]) == ("sam_ft", "A")
     columns = [column.title for column in tables.COLUMNS]
     dsc, ece = columns.index("DSC (points)"), columns.index("ECE [p>0.01]")
